@@ -1,0 +1,228 @@
+"""The manifest of a cache: groups of records, their arrays, shards and extents. It may grow, identity may not."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fcache.cache_spec.arrays import ArraySpec, with_counts
+from fcache.cache_spec.encodings import find_encoding
+from fcache.cache_spec.errors import IncompatibleError, SpecError
+from fcache.cache_spec.spec import ROLES, FeatureSpec, LevelSpec, TargetSpec
+from fcache.cache_spec.targets import target_arrays
+
+FORMAT = 1
+FEATURES = "features"
+SHARD_BYTES = 256_000_000
+
+INDEX_ARRAYS = (
+    ArraySpec("index/sample", "int32", (), fill=-1, layout="table"),
+    ArraySpec("index/view", "int32", (), fill=-1, layout="table"),
+    ArraySpec("index/to_view", "float64", (2, 3), fill=float("nan"), layout="table"),
+    ArraySpec("index/valid_size", "int32", (2,), fill=-1, layout="table"),
+    ArraySpec("index/image_size", "int32", (2,), fill=-1, layout="table"),
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of records: record `first + i` is view `view` of the group's sample `sample + i`, for i < `count`."""
+
+    first: int
+    view: int
+    sample: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, writing, retry and commit: records [first, first + count) of one group, of one view."""
+
+    group: str
+    index: int
+    first: int
+    count: int
+    view: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Records of one canvas size: a training split, or one size bucket of an evaluation split.
+
+    `path` is "train" or "val/512x704"; `canvas` the padded input (height, width); `levels` have true sizes;
+    `shard_records`, `batch` (the extraction's), `compression` and `limits` of ragged targets never change;
+    `ids`, `digests` (of the samples), `views` and `extents` may grow at the end.
+    """
+
+    path: str
+    split: str
+    role: str
+    canvas: tuple[int, int]
+    levels: tuple[LevelSpec, ...]
+    encoding: str
+    shard_records: int
+    batch: int
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    views: int
+    extents: tuple[Extent, ...]
+    compression: str = "none"
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES or not self.ids or len(set(self.ids)) != len(self.ids):
+            raise SpecError(f"group {self.path!r}: a role of {ROLES} and unique sample ids are expected")
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the group, committed or not."""
+        last = self.extents[-1]
+        return math.ceil((last.first + last.count) / self.shard_records)
+
+    @property
+    def num_records(self) -> int:
+        """Length of axis 0 of every array: the shards are a regular grid."""
+        return self.num_shards * self.shard_records
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards in order; every extent starts at a shard's first record."""
+        for e in self.extents:
+            for start in range(0, e.count, self.shard_records):
+                count = min(self.shard_records, e.count - start)
+                first = e.first + start
+                yield Shard(self.path, first // self.shard_records, first, count, e.view, e.sample + start)
+
+    def feature_arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays of the features part: levels in their encoding, and the index."""
+        encoding, arrays = find_encoding(self.encoding), []
+        for level in self.levels:
+            for part in encoding.parts(level):
+                attributes: dict[str, Any] = {}
+                if part.suffix == "":
+                    attributes = {"dims": level.dims, "stride": level.stride, "encoding": self.encoding}
+                    if self.encoding == "bf16":
+                        attributes["fcache_dtype"] = "bfloat16"
+                compression = self.compression if part.layout == "sharded" else "none"
+                arrays.append(
+                    ArraySpec(
+                        level.name + part.suffix, part.dtype, part.shape, part.fill, part.layout, compression,
+                        attributes=attributes,
+                    )
+                )  # fmt: skip
+        return (*arrays, *self.index_arrays())
+
+    def index_arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays that say what each record is; clips add the numbers of their frames."""
+        frames = [level.shape[level.dims.split().index("T")] for level in self.levels if "T" in level.dims.split()]
+        if not frames:
+            return INDEX_ARRAYS
+        return (*INDEX_ARRAYS, ArraySpec("index/frames", "int32", (max(frames),), fill=-1, layout="table"))
+
+    def target_arrays(self, kind: str) -> tuple[ArraySpec, ...]:
+        """The arrays of one kind of target with their count arrays; on disk they lie under `targets/`."""
+        return with_counts(target_arrays(kind, limits=self.limits, canvas=self.canvas, role=self.role))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that the root of a cache says: identity, targets, groups and hints.
+
+    `random_weights` stamps a random backbone ("random:0"). `hints` (paths of data and weights, the command) help a
+    user and decide nothing.
+    """
+
+    features: FeatureSpec
+    targets: tuple[TargetSpec, ...]
+    groups: tuple[Group, ...]
+    random_weights: str | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+    def group(self, path: str) -> Group:
+        """The group at `path`. Raises SpecError if there is none."""
+        for g in self.groups:
+            if g.path == path:
+                return g
+        raise SpecError(f"no record group {path!r} in this cache, it has {[g.path for g in self.groups]}")
+
+    def split(self, name: str) -> tuple[Group, ...]:
+        """The groups of a split. Raises SpecError if the cache lacks it."""
+        if found := tuple(g for g in self.groups if g.split == name):
+            return found
+        splits = sorted({g.split for g in self.groups})
+        raise SpecError(f"no split {name!r} in this cache, it has {', '.join(splits)}; extract it with --split {name}")
+
+    def target(self, kind: str) -> TargetSpec:
+        """The spec of one kind of target. Raises SpecError if the cache has none."""
+        for t in self.targets:
+            if t.kind == kind:
+                return t
+        raise SpecError(f"targets of kind {kind!r} are needed, this cache has {[t.kind for t in self.targets]}")
+
+    def parts(self) -> tuple[str, ...]:
+        """What commits apart: the features and each kind of target."""
+        return (FEATURES, *(t.kind for t in self.targets))
+
+    def part_key(self, part: str) -> str:
+        """The digest that a commit of this part must carry."""
+        return self.features.key if part == FEATURES else self.target(part).key
+
+
+def part_arrays(group: Group, part: str) -> dict[str, ArraySpec]:
+    """The arrays of a part by the path on disk, relative to the group."""
+    if part == FEATURES:
+        return {a.path: a for a in group.feature_arrays()}
+    return {f"targets/{a.path}": a for a in group.target_arrays(part)}
+
+
+def record_bytes(levels: tuple[LevelSpec, ...], encoding: str) -> int:
+    """Stored bytes of the features of one record, uncompressed."""
+    parts = [p for level in levels for p in find_encoding(encoding).parts(level)]
+    return sum(ArraySpec(p.suffix, p.dtype, p.shape).record_bytes for p in parts)
+
+
+def choose_shard_records(num_samples: int, bytes_per_record: int) -> int:
+    """Records of a shard: at most 64, at most 256 MB of levels, at most a sixteenth of the samples, at least 1."""
+    return max(1, min(64, SHARD_BYTES // max(1, bytes_per_record), math.ceil(num_samples / 16)))
+
+
+def new_group(group: Group) -> Group:
+    """`group` with the extents of its samples and views, laid out from record 0."""
+    return replace(group, extents=_append((), group, range(group.views), 0, len(group.ids)))
+
+
+def grow_group(old: Group, new: Group) -> Group:
+    """`old` with the samples and views that `new` has beyond it; records that exist keep their place.
+
+    Raises IncompatibleError if a sample's digest changed or a fixed field differs.
+    """
+    for name in ("role", "canvas", "levels", "encoding"):
+        if getattr(old, name) != getattr(new, name):
+            raise IncompatibleError(
+                f"group {old.path!r}: {name} is {getattr(old, name)} in the cache, {getattr(new, name)} was asked for; "
+                "use another --cache"
+            )
+    known = dict(zip(old.ids, old.digests, strict=True))
+    added = [(i, d) for i, d in zip(new.ids, new.digests, strict=True) if i not in known]
+    for i, d in zip(new.ids, new.digests, strict=True):
+        if known.get(i, d) != d:
+            raise IncompatibleError(
+                f"sample {i!r} of {old.path!r} changed since the cache was made (its path or size differs); "
+                "restore the file or use another --cache"
+            )
+    views, count = max(old.views, new.views), len(old.ids)
+    extents = _append(old.extents, old, range(old.views, views), 0, count)
+    if added:
+        extents = _append(extents, old, range(views), count, len(added))
+    return replace(
+        old, ids=(*old.ids, *(i for i, _ in added)), digests=(*old.digests, *(d for _, d in added)),
+        views=views, extents=extents,
+    )  # fmt: skip
+
+
+def _append(extents: tuple[Extent, ...], group: Group, views: range, sample: int, count: int) -> tuple[Extent, ...]:
+    for view in views:
+        end = extents[-1].first + extents[-1].count if extents else 0
+        first = math.ceil(end / group.shard_records) * group.shard_records
+        extents = (*extents, Extent(first, view, sample, count))
+    return extents

@@ -1,0 +1,173 @@
+"""The cache reader: what is committed, and records of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fcache.cache_spec.access import ArrayAccess, choose_mode
+from fcache.cache_spec.block import SourceInfo
+from fcache.cache_spec.commits import Commit, read_commits
+from fcache.cache_spec.errors import IncompatibleError, IncompleteError
+from fcache.cache_spec.identity import digest
+from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
+from fcache.cache_spec.spec import LevelSpec
+from fcache.cache_spec.store import read_manifest
+
+
+@dataclass(frozen=True)
+class GroupRecords:
+    """The readable records of a group: numbers, views and sample positions, in record order."""
+
+    group: Group
+    records: np.ndarray
+    views: np.ndarray
+    samples: np.ndarray
+
+
+class CacheReader:
+    """An open cache. It writes nothing. Make one with `open_cache`."""
+
+    def __init__(self, root: Path, *, allow_partial: bool, mode: str) -> None:
+        self.root = root
+        self.manifest: Manifest = read_manifest(root)
+        self.allow_partial = allow_partial
+        self.mode = choose_mode(root, mode)
+        self._commits: dict[tuple[str, str], dict[int, Commit]] = {}
+        self._access: dict[tuple[str, str], ArrayAccess] = {}
+
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(dict.fromkeys(g.split for g in self.manifest.groups))
+
+    def commits(self, group: Group, part: str) -> dict[int, Commit]:
+        """The valid commits of a part of a group by shard, read once (see `refresh`)."""
+        key = (group.path, part)
+        if key not in self._commits:
+            found, wanted = read_commits(self.root, group.path, part), self.manifest.part_key(part)
+            for c in found.values():
+                if c.key != wanted and part == FEATURES:
+                    raise IncompatibleError(
+                        f"shard {c.shard} of {group.path!r} was written with other settings ({c.key[:12]}, the cache "
+                        f"is {wanted[:12]}); run `fcache verify`"
+                    )
+            self._commits[key] = {i: c for i, c in found.items() if c.key == wanted}
+        return self._commits[key]
+
+    def refresh(self) -> None:
+        """Looks again at what is committed."""
+        self._commits.clear()
+        self._access.clear()
+
+    def missing(self, part: str = FEATURES, split: str | None = None) -> int:
+        """How many shards of a part have no commit."""
+        groups = self.manifest.groups if split is None else self.manifest.split(split)
+        return sum(len({s.index for s in g.shards()} - set(self.commits(g, part))) for g in groups)
+
+    def quarantined(self, split: str) -> dict[str, str]:
+        """Samples that could not be used, with the reason."""
+        found: dict[str, str] = {}
+        for group in self.manifest.split(split):
+            for part in self.manifest.parts():
+                for commit in self.commits(group, part).values():
+                    found.update(commit.quarantined)
+        return found
+
+    def require(self, split: str, kinds: Sequence[str] = ()) -> None:
+        """Raises IncompleteError if shards of the features or of these kinds of target are missing."""
+        for part in (FEATURES, *kinds):
+            if kinds and part != FEATURES:
+                self.manifest.target(part)
+            if (n := self.missing(part, split)) and not self.allow_partial:
+                total = sum(1 for g in self.manifest.split(split) for _ in g.shards())
+                raise IncompleteError(
+                    f"{self.root}: {n} of {total} shards of split {split!r} ({part}) are not committed; run the same "
+                    "`fcache extract` again to finish, or use --allow-partial"
+                )
+
+    def records(self, split: str, kinds: Sequence[str] = ()) -> list[GroupRecords]:
+        """The records of a split whose features and targets of these kinds are committed, by group."""
+        self.require(split, kinds)
+        found = []
+        for group in self.manifest.split(split):
+            parts = [self.commits(group, part) for part in (FEATURES, *kinds)]
+            rows: list[tuple[int, int, int]] = []
+            for shard in group.shards():
+                if all(shard.index in commits for commits in parts):
+                    bad = {i for commits in parts for i in commits[shard.index].quarantined}
+                    rows += [
+                        (shard.first + i, shard.view, shard.sample + i)
+                        for i in range(shard.count)
+                        if not bad or group.ids[shard.sample + i] not in bad
+                    ]
+            table = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
+            if len(table):
+                found.append(GroupRecords(group, table[:, 0], table[:, 1], table[:, 2]))
+        if not found:
+            raise IncompleteError(f"{self.root}: no record of split {split!r} is committed yet")
+        return found
+
+    def access(self, group: Group, part: str, path: str) -> ArrayAccess:
+        """Direct access to one array (its path on disk, relative to the group) of a part."""
+        key = (group.path, path)
+        if key not in self._access:
+            folder = f"{group.path}/{path}"
+            spec = part_arrays(group, part)[path]
+            sizes = {}
+            for index, commit in self.commits(group, part).items():
+                zeros = "/0" * len(spec.shape)
+                sizes[index] = commit.files[f"{folder}/c/{index}{zeros}"][0]
+            self._access[key] = ArrayAccess(
+                self.root / folder, spec, shard_records=group.shard_records, sizes=sizes, mode=self.mode
+            )
+        return self._access[key]
+
+    def read(self, group: str, path: str, record: int) -> np.ndarray:
+        """One record of one array ("level-4", "index/to_view", "targets/semantic/map"), cut to its count if ragged."""
+        g = self.manifest.group(group)
+        part = path.split("/")[1] if path.startswith("targets/") else FEATURES
+        found = self.access(g, part, path).read(record)
+        if part_arrays(g, part)[path].ragged:
+            found = found[: int(self.access(g, part, f"{path}.count").read(record))]
+        return found
+
+    def info(self, split: str, *, kinds: Sequence[str] = (), levels: Sequence[LevelSpec] = ()) -> SourceInfo:
+        """What a source over a split gives; the extent is the committed set."""
+        groups = self.manifest.split(split)
+        common = levels or groups[0].levels
+        if len(groups) > 1:
+            common = tuple(level.free() for level in common)
+        shards = {
+            g.path: sorted(set.intersection(*(set(self.commits(g, p)) for p in (FEATURES, *kinds)))) for g in groups
+        }
+        committed = [self.commits(g, FEATURES)[i].content for g in groups for i in shards[g.path]]
+        extent: dict[str, Any] = {
+            "split": split,
+            "samples": len({i for g in groups for i in g.ids}),
+            "views": max(g.views for g in groups),
+            "shards": {path: len(found) for path, found in shards.items()},
+            "committed": digest([shards, committed]),
+        }
+        return SourceInfo(
+            split=split,
+            role=groups[0].role,
+            features=self.manifest.features,
+            targets=self.manifest.targets,
+            levels=tuple(common),
+            canvas=groups[0].canvas,
+            random_weights=self.manifest.random_weights,
+            extent=extent,
+        )
+
+
+def open_cache(root: Path | str, *, allow_partial: bool = False, mode: str = "auto") -> CacheReader:
+    """Opens the cache at `root` for reading.
+
+    `mode` is "mmap" (a file cut short under a map kills the process), "pread" or "auto". A split is refused when it
+    is read, if shards of it are missing, unless `allow_partial`. Raises SpecError, IncompatibleError or CorruptError.
+    """
+    return CacheReader(Path(root), allow_partial=allow_partial, mode=mode)

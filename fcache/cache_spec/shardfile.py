@@ -1,0 +1,143 @@
+"""Files of zarr v3 arrays: metadata, the append-only shard writer and the shard index."""
+
+import hashlib
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.zstd import Zstd
+
+from fcache.cache_spec.arrays import ArraySpec
+from fcache.cache_spec.errors import CorruptError, DataError
+from fcache.cache_spec.files import partial_path
+
+ABSENT = 2**64 - 1
+ZSTD = Zstd(level=1)
+
+
+def array_metadata(spec: ArraySpec, *, num_records: int, shard_records: int) -> dict[str, Any]:
+    """The `zarr.json` of an array whose axis 0 are records."""
+    endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    codecs: list[dict[str, Any]] = [endian if np.dtype(spec.dtype).itemsize > 1 else {"name": "bytes"}]
+    if spec.compression == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
+    if spec.layout == "sharded":
+        inner = {"chunk_shape": [1, *spec.shape], "codecs": codecs, "index_codecs": [endian, {"name": "crc32c"}]}
+        codecs = [{"name": "sharding_indexed", "configuration": {**inner, "index_location": "end"}}]
+    fill: Any = spec.fill
+    if np.dtype(spec.dtype).kind == "f":
+        fill = "NaN" if math.isnan(spec.fill) else float(spec.fill)
+    dims = str(spec.attributes.get("dims", "")).split()
+    named = len(dims) == len(spec.shape) and dims
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [num_records, *spec.shape],
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_records, *spec.shape]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill,
+        "codecs": codecs,
+        "attributes": dict(spec.attributes),
+        "dimension_names": ["record", *dims] if named else ["record", *([None] * len(spec.shape))],
+        "storage_transformers": [],
+    }
+
+
+def shard_key(spec: ArraySpec, index: int) -> str:
+    """The key of a shard's file below its array: "c/12/0/0/0"."""
+    return "/".join(["c", str(index), *["0"] * len(spec.shape)])
+
+
+class ShardFile:
+    """One shard of one array while it is written: append records, then `close`, then `publish`.
+
+    Memory is one record for a sharded array; a table is buffered whole (it is small).
+    """
+
+    def __init__(self, root: Path, target: Path, spec: ArraySpec, slots: int) -> None:
+        self.target = target
+        self._spec = spec
+        self._dtype = np.dtype(spec.dtype).newbyteorder("<")
+        self._temporary = partial_path(root)
+        self._file = self._temporary.open("xb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._index = np.full((slots, 2), ABSENT, dtype="<u8")
+        if spec.layout == "table":
+            self._table = np.full((slots, *spec.shape), spec.fill, dtype=self._dtype)
+
+    def put(self, slot: int, record: np.ndarray) -> None:
+        """Stores one record, whole: shape `spec.shape`, or shorter on axis 0 if the array is ragged."""
+        if self._spec.layout == "table":
+            self._table[slot] = record
+            return
+        data = np.ascontiguousarray(record, dtype=self._dtype)
+        if self._spec.ragged and len(data) > self._spec.shape[0]:
+            raise DataError(
+                f"{self._spec.path}: a record has {len(data)} entries, the cache was planned for {self._spec.shape[0]}; "
+                "extract into a new --cache"
+            )
+        if self._spec.ragged and data.shape != self._spec.shape:
+            padded = np.full(self._spec.shape, self._spec.fill, dtype=self._dtype)
+            padded[: len(data)] = data
+            data = padded
+        assert data.shape == self._spec.shape, f"{self._spec.path}: record {data.shape}, expected {self._spec.shape}"
+        assert self._index[slot, 0] == ABSENT, f"{self._spec.path}: slot {slot} written twice"
+        raw: Any = data.reshape(-1).view(np.uint8).data
+        if self._spec.compression == "zstd":
+            raw = ZSTD.encode(data)
+        self._index[slot] = self._size, len(raw)
+        self._write(raw)
+
+    def close(self) -> tuple[int, str]:
+        """Ends the file and makes its bytes durable; returns its size and SHA-256."""
+        if self._spec.layout == "table":
+            self._write(self._table.reshape(-1).view(np.uint8).data)
+        else:
+            self._write(index_bytes(self._index))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._size, self._hash.hexdigest()
+
+    def publish(self) -> None:
+        """Renames the closed file to its key."""
+        self._temporary.replace(self.target)
+
+    def discard(self) -> None:
+        """Removes what was written, if it was not published."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: Any) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+def index_bytes(index: np.ndarray) -> bytes:
+    """A shard index [slots, 2] (offset, bytes) with its crc32c, as it ends a shard file."""
+    raw = index.tobytes()
+    return raw + struct.pack("<I", google_crc32c.value(raw))
+
+
+def parse_index(raw: bytes, slots: int, size: int, name: str) -> np.ndarray:
+    """The index [slots, 2] from the last bytes of a shard of `size` bytes. Raises CorruptError if it is damaged."""
+    body, crc = raw[:-4], struct.unpack("<I", raw[-4:])[0] if len(raw) == slots * 16 + 4 else -1
+    if crc != google_crc32c.value(body):
+        raise CorruptError(f"{name}: the shard index is damaged (crc32c differs); run `fcache repair`")
+    index = np.frombuffer(body, dtype="<u8").reshape(slots, 2)
+    used = index[index[:, 0] != ABSENT]
+    if len(used) and int((used[:, 0] + used[:, 1]).max()) > size - len(raw):
+        raise CorruptError(f"{name}: the shard index points outside the file; run `fcache repair`")
+    return index
+
+
+def index_size(slots: int) -> int:
+    """Bytes of a shard index with its crc32c."""
+    return slots * 16 + 4

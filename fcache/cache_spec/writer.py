@@ -1,0 +1,148 @@
+"""The cache writer: whole shards, commit record last, nothing half-written that counts."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fcache.cache_spec.claims import Claims
+from fcache.cache_spec.commits import Commit, run_facts, write_commit
+from fcache.cache_spec.files import explained, make_folders, remove_if_empty, remove_orphans, sync_folder
+from fcache.cache_spec.layout import FEATURES, Manifest, Shard, part_arrays
+from fcache.cache_spec.shardfile import ShardFile, shard_key
+from fcache.cache_spec.store import committed_shards, create_or_grow
+from fcache.cache_spec.view import View
+
+Records = np.ndarray | Sequence[np.ndarray]
+
+
+class CacheWriter:
+    """An open cache that shards are written to; several processes may each have one on the same cache."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.claims = Claims(root)
+        remove_orphans(root)
+
+    def pending(self, part: str = FEATURES) -> list[Shard]:
+        """The shards of a part that have no commit yet, in order."""
+        found: list[Shard] = []
+        for group in self.manifest.groups:
+            done = committed_shards(self.root, self.manifest, group.path, part)
+            found += [s for s in group.shards() if s.index not in done]
+        return found
+
+    def samples(self, shard: Shard) -> tuple[str, ...]:
+        """The sample ids of a shard's records, in record order."""
+        return self.manifest.group(shard.group).ids[shard.sample : shard.sample + shard.count]
+
+    def write(self, shard: Shard, part: str = FEATURES) -> "ShardWriter":
+        """A writer for one part of one shard; commit or abort it."""
+        return ShardWriter(self.root, self.manifest, shard, part)
+
+    def finish(self) -> None:
+        """Gives claims back and removes the folders that only a running extraction needs."""
+        self.claims.release_all()
+        remove_orphans(self.root)
+        remove_if_empty(self.root / "partial", self.root / "claims")
+
+
+class ShardWriter:
+    """One part of one shard while it is written. Memory: one record, and the small tables."""
+
+    def __init__(self, root: Path, manifest: Manifest, shard: Shard, part: str) -> None:
+        self._root, self._shard, self._part = root, shard, part
+        self._group = manifest.group(shard.group)
+        self._key = manifest.part_key(part)
+        self._started = time.time()
+        self._quarantined: dict[str, str] = {}
+        self._seen: set[int] = set()
+        self._files: dict[str, ShardFile] = {}
+        self._arrays = part_arrays(self._group, part)
+        try:
+            with explained(root):
+                for path, spec in self._arrays.items():
+                    target = root / shard.group / path / shard_key(spec, shard.index)
+                    self._files[path] = ShardFile(root, target, spec, self._group.shard_records)
+        except BaseException:
+            self.abort()
+            raise
+
+    def append(self, positions: Sequence[int], arrays: Mapping[str, Records]) -> None:
+        """Stores records at `positions` (0-based in the shard), in increasing order.
+
+        `arrays` maps every array of the part (as in `Block.targets`, or level parts and index arrays) to one entry a
+        record; count arrays follow from ragged entries.
+        """
+        named = {f"targets/{k}" if self._part != FEATURES else k: v for k, v in arrays.items()}
+        wanted = {p for p in self._arrays if not p.endswith(".count")}
+        assert set(named) == wanted, f"arrays {sorted(named)} given, {sorted(wanted)} expected"
+        with explained(self._root):
+            for path, records in named.items():
+                spec = self._arrays[path]
+                for position, record in zip(positions, records, strict=True):
+                    data = np.asarray(record)
+                    self._files[path].put(position, data)
+                    if spec.ragged:
+                        self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
+        self._seen.update(positions)
+
+    def skip(self, position: int, reason: str) -> None:
+        """Leaves a record out: its sample cannot be used."""
+        self._quarantined[self._group.ids[self._shard.sample + position]] = reason
+        self._seen.add(position)
+
+    def commit(self, *, facts: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Commit:
+        """Publishes the files, then writes the commit record. Every record must have been appended or skipped."""
+        assert self._seen == set(range(self._shard.count)), "a shard is committed whole"
+        files = {}
+        try:
+            with explained(self._root):
+                for file in self._files.values():
+                    size, sha = file.close()
+                    files[str(file.target.relative_to(self._root).as_posix())] = (size, sha)
+                folders = {file.target.parent for file in self._files.values()}
+                for folder in folders:
+                    make_folders(self._root, folder)
+                for file in self._files.values():
+                    file.publish()
+                for folder in folders:
+                    sync_folder(folder)
+        except BaseException:
+            self.abort()
+            raise
+        s = self._shard
+        commit = Commit(
+            group=s.group, part=self._part, shard=s.index, first=s.first, count=s.count, view=s.view,
+            ids=self._group.ids[s.sample : s.sample + s.count], key=self._key, files=files,
+            quarantined=self._quarantined, facts=facts, fingerprint=fingerprint, run=run_facts(self._started),
+        )  # fmt: skip
+        write_commit(self._root, commit)
+        return commit
+
+    def abort(self) -> None:
+        """Removes what was written; the shard stays pending."""
+        for file in self._files.values():
+            file.discard()
+
+
+def open_writer(root: Path, wanted: Manifest) -> CacheWriter:
+    """Creates the cache at `root`, or grows it, and opens it for writing. Raises as `create_or_grow`."""
+    return CacheWriter(root, create_or_grow(root, wanted))
+
+
+def index_arrays(views: Sequence[View], samples: Sequence[int], view_indices: Sequence[int]) -> dict[str, Records]:
+    """The index arrays of some records: geometry, positions in the group's sample list, view numbers."""
+    arrays: dict[str, Records] = {
+        "index/sample": np.asarray(samples, dtype=np.int32),
+        "index/view": np.asarray(view_indices, dtype=np.int32),
+        "index/to_view": np.stack([v.matrix for v in views]),
+        "index/valid_size": np.asarray([v.valid for v in views], dtype=np.int32),
+        "index/image_size": np.asarray([v.image_size for v in views], dtype=np.int32),
+    }
+    if views and views[0].frames:
+        arrays["index/frames"] = np.asarray([v.frames for v in views], dtype=np.int32)
+    return arrays
