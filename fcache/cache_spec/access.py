@@ -1,22 +1,28 @@
 """Access to the records of one array: shard files opened once, mapped or read by position."""
 
+import ctypes
 import mmap
 import os
+import resource
 import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fcache.cache_spec.arrays import ArraySpec
-from fcache.cache_spec.errors import CorruptError, SpecError
-from fcache.cache_spec.shardfile import ABSENT, ZSTD, index_size, parse_index, shard_key
+from fcache.cache_spec.errors import CorruptError, IncompleteError, SpecError
+from fcache.cache_spec.files import unreadable
+from fcache.cache_spec.shardfile import ABSENT, decode_zstd, index_size, parse_index, shard_key
 
 MODES = ("auto", "mmap", "pread")
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse", "9p", "glusterfs", "afs")
-# Kept below vm.max_map_count (65530) and the usual limit of open files (1024).
-OPEN_MAPS, OPEN_FILES = 16384, 384
+# Half of vm.max_map_count (65530).
+OPEN_MAPS = 32768
+# Tables with records up to this size (index, counts, labels) are read whole and kept: they are small, and many.
+HELD_RECORD_BYTES = 256
 
 
 def choose_mode(root: Path, mode: str) -> str:
@@ -43,110 +49,179 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-class _OpenShard:
-    """One open shard file; a map lasts as long as a copy still uses it."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
-    def __init__(self, path: Path, spec: ArraySpec, slots: int, expected: int, mode: str) -> None:
-        self.name, self.fd = str(path), -1
+
+def _map(fd: int, size: int) -> np.ndarray:
+    """A file mapped for reading, uint8, unmapped when the last view of it is gone.
+
+    Python's own `mmap` keeps a descriptor for every map, so that a thousand shards exhaust the usual limit.
+    """
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    buffer = (ctypes.c_uint8 * size).from_address(address)
+    # Not at exit: threads may still copy, and the process gives everything back anyway.
+    weakref.finalize(buffer, _LIBC.munmap, address, size).atexit = False
+    mapped = np.frombuffer(buffer, dtype=np.uint8)
+    mapped.flags.writeable = False
+    return mapped
+
+
+class _OpenShard:
+    """One open shard file: mapped, held in memory, or a descriptor. It lasts as long as a copy still uses it."""
+
+    def __init__(self, path: str, spec: ArraySpec, slots: int, expected: int, how: str) -> None:
+        self.name, self.fd = path, -1
+        self.bytes: np.ndarray | None = None
         try:
-            fd = os.open(path, os.O_RDONLY)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._load(spec, slots, expected, how)
         except FileNotFoundError:
             raise CorruptError(f"{path} is missing, its commit names it; run `fcache repair`") from None
-        self.fd = fd
-        size = os.fstat(fd).st_size
+        except OSError as e:
+            raise unreadable(path, e) from e
+        if how != "pread":
+            self.close()
+
+    def _load(self, spec: ArraySpec, slots: int, expected: int, how: str) -> None:
+        size = os.fstat(self.fd).st_size
         if size != expected:
-            raise CorruptError(f"{path} has {size} bytes, its commit says {expected}; run `fcache repair`")
+            raise CorruptError(f"{self.name} has {size} bytes, its commit says {expected}; run `fcache repair`")
         if spec.layout == "sharded":
             tail = index_size(slots)
-            raw = os.pread(fd, tail, max(0, size - tail))
-            self.index = parse_index(raw, slots, size, self.name)
+            index = parse_index(os.pread(self.fd, tail, max(0, size - tail)), slots, size, self.name)
         else:
             n = spec.record_bytes
-            self.index = np.stack([np.arange(slots, dtype="<u8") * n, np.full(slots, n, dtype="<u8")], axis=1)
-        self.offsets: list[int] = self.index[:, 0].tolist()
-        self.lengths: list[int] = self.index[:, 1].tolist()
-        self.bytes: np.ndarray | None = None
-        if mode == "mmap":
-            self.bytes = np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
+            if size != slots * n:
+                raise CorruptError(f"{self.name} has {size} bytes, its array has {slots * n}; run `fcache repair`")
+            index = np.stack([np.arange(slots, dtype="<u8") * n, np.full(slots, n, dtype="<u8")], axis=1)
+        self.offsets: list[int] = index[:, 0].tolist()
+        self.lengths: list[int] = index[:, 1].tolist()
+        if how == "held":
+            held = np.empty(size, dtype=np.uint8)
+            self._pread(0, held)
+            self.bytes = held
+        elif how == "mmap":
+            self.bytes = _map(self.fd, size)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
             os.close(fd)
-            self.fd = -1
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        self.close()
 
     def read(self, slot: int, out: np.ndarray) -> None:
         """Copies the stored bytes of a slot into `out` (uint8, exactly as long)."""
         offset, length = self.offsets[slot], self.lengths[slot]
         if offset == ABSENT or length != len(out):
-            raise CorruptError(f"{self.name}: record {slot} has {length} bytes, expected {len(out)}")
+            raise self._wrong(slot, len(out))
         if self.bytes is not None:
             np.copyto(out, self.bytes[offset : offset + length])
-            return
-        self._pread(offset, out)
+        else:
+            self._pread(offset, out)
 
-    def raw(self, slot: int) -> Any:
-        """The stored bytes of a slot."""
+    def decode(self, slot: int, out: np.ndarray) -> None:
+        """Decompresses a slot into `out` (uint8)."""
         offset, length = self.offsets[slot], self.lengths[slot]
         if offset == ABSENT:
-            raise CorruptError(f"{self.name}: record {slot} is absent, its commit says it is there")
+            raise self._wrong(slot, len(out))
         if self.bytes is not None:
-            return self.bytes[offset : offset + length]
-        out = np.empty(length, dtype=np.uint8)
-        self._pread(offset, out)
-        return out
+            decode_zstd(self.bytes[offset : offset + length], out, self.name)
+        else:
+            frame = np.empty(length, dtype=np.uint8)
+            self._pread(offset, frame)
+            decode_zstd(frame, out, self.name)
+
+    def _wrong(self, slot: int, expected: int) -> CorruptError:
+        found = "is absent" if self.offsets[slot] == ABSENT else f"has {self.lengths[slot]} bytes"
+        return CorruptError(f"{self.name}: record {slot} {found}, expected {expected} bytes; run `fcache repair`")
 
     def _pread(self, offset: int, out: np.ndarray) -> None:
         view, done = memoryview(out), 0
         while done < len(out):
-            n = os.preadv(self.fd, [view[done:]], offset + done)
+            try:
+                n = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as e:
+                raise unreadable(self.name, e) from e
             if n == 0:
                 raise CorruptError(f"{self.name} was cut short while it was read; run `fcache verify`")
             done += n
 
 
+class OpenShards:
+    """The shard files that one reader keeps open; the least recently used are closed beyond a limit. Thread-safe."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = OPEN_MAPS if soft == resource.RLIM_INFINITY else max(16, soft // 2)
+        self._limit = OPEN_MAPS if mode == "mmap" else min(OPEN_MAPS, files)
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._held: dict[str, _OpenShard] = {}
+        self._lock = threading.Lock()
+
+    def get(self, path: str, spec: ArraySpec, slots: int, expected: int) -> _OpenShard:
+        """The shard file at `path`, opened and checked if it is not open yet. Raises CorruptError."""
+        held = spec.layout == "table" and spec.record_bytes <= HELD_RECORD_BYTES
+        with self._lock:
+            if file := self._held.get(path):
+                return file
+            if file := self._open.get(path):
+                self._open.move_to_end(path)
+                return file
+        # Without the lock: opening may take long. Two threads may both open a file, one of the two is dropped.
+        file = _OpenShard(path, spec, slots, expected, "held" if held else self.mode)
+        with self._lock:
+            if held:
+                return self._held.setdefault(path, file)
+            file = self._open.setdefault(path, file)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+            return file
+
+
 class ArrayAccess:
     """Reads records of one array of one group into buffers; safe to use from several threads."""
 
-    def __init__(self, folder: Path, spec: ArraySpec, *, shard_records: int, sizes: dict[int, int], mode: str) -> None:
-        self.spec, self._folder, self._sizes, self._mode = spec, folder, sizes, mode
-        self._shard_records = shard_records
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
-        self._limit = OPEN_MAPS if mode == "mmap" else OPEN_FILES
-        self.dtype = np.dtype(spec.dtype)
+    def __init__(
+        self, folder: Path, spec: ArraySpec, *, shard_records: int, sizes: dict[int, int], shards: OpenShards
+    ) -> None:
+        self.spec, self.dtype = spec, np.dtype(spec.dtype)
+        self._folder, self._sizes, self._shards, self._shard_records = folder, sizes, shards, shard_records
+        # Paths are made once: a batch asks for the same few shards again and again.
+        self._paths: dict[int, str] = {}
 
-    def read_into(self, record: int, out: np.ndarray) -> None:
-        """Copies one record into `out`, a C-contiguous array of the spec's type and shape."""
-        shard, slot = divmod(record, self._shard_records)
-        file = self._shard(shard)
-        flat = out.reshape(-1).view(np.uint8)
-        if self.spec.compression == "zstd":
-            decoded = ZSTD.decode(file.raw(slot), flat)
-            if len(decoded) != len(flat):
-                raise CorruptError(f"{file.name}: record {slot} does not decode to {len(flat)} bytes")
-        else:
-            file.read(slot, flat)
+    def read_into(self, records: Sequence[int], out: np.ndarray) -> None:
+        """Copies records into the rows of `out`, C-contiguous, [len(records), *spec.shape] of the spec's type.
+
+        Raises IncompleteError for a record of a shard that is not committed, CorruptError for a damaged one.
+        """
+        rows = out.reshape(len(records), -1).view(np.uint8)
+        zstd = self.spec.compression == "zstd"
+        for record, row in zip(records, rows, strict=True):
+            shard, slot = divmod(record, self._shard_records)
+            file = self._shard(shard)
+            if zstd:
+                file.decode(slot, row)
+            else:
+                file.read(slot, row)
 
     def read(self, record: int) -> np.ndarray:
         """One record as a new array."""
-        out = np.empty(self.spec.shape, dtype=self.dtype)
-        self.read_into(record, out.reshape(1) if out.ndim == 0 else out)
-        return out
-
-    def check(self, shard: int) -> None:
-        """Opens a shard: checks its presence, size and index. Raises CorruptError."""
-        self._shard(shard)
+        out = np.empty((1, *self.spec.shape), dtype=self.dtype)
+        self.read_into([record], out)
+        return out[0]
 
     def _shard(self, index: int) -> _OpenShard:
-        with self._lock:
-            file = self._open.get(index)
-            if file is None:
-                path = self._folder / shard_key(self.spec, index)
-                file = _OpenShard(path, self.spec, self._shard_records, self._sizes[index], self._mode)
-                self._open[index] = file
-                if len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(index)
-            return file
+        if index not in self._sizes:
+            raise IncompleteError(f"shard {index} of {self._folder} is not committed; run the same `fcache extract`")
+        if index not in self._paths:
+            self._paths[index] = str(self._folder / shard_key(self.spec, index))
+        return self._shards.get(self._paths[index], self.spec, self._shard_records, self._sizes[index])

@@ -1,17 +1,22 @@
-"""Durable files: temporary file, fsync, rename; and one wording for full disks and read-only folders."""
+"""Durable files: temporary file, fsync, rename; and one wording for full disks, read-only folders, unreadable files."""
 
 import errno
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from fcache.cache_spec.errors import DataError, NoSpaceError
+from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+BLOCKED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+# Another host's processes cannot be asked; nothing that is being written rests for a day.
+ORPHAN_SECONDS = 86400.0
 
 
 @contextmanager
@@ -27,24 +32,61 @@ def explained(path: Path) -> Iterator[None]:
             ) from e
         if e.errno in REFUSED:
             raise DataError(f"cannot write {path}: {e.strerror}; choose a writable --cache or fix permissions") from e
+        if e.errno in BLOCKED:
+            raise DataError(f"cannot write {e.filename or path}: {e.strerror}; move what is there away") from e
         raise
 
 
-def partial_path(root: Path) -> Path:
-    """A fresh temporary path of this process inside the cache (renames never cross a file system)."""
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises FileNotFoundError, DataError without permission, CorruptError if unreadable."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise unreadable(path, e) from e
+
+
+def unreadable(path: Path | str, e: OSError) -> DataError | CorruptError:
+    """The error for a file of a cache that is there but cannot be read."""
+    if e.errno in REFUSED:
+        return DataError(f"cannot read {path}: {e.strerror}; fix its permissions")
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return DataError(f"cannot read {path}: {e.strerror}; raise the limit of open files (`ulimit -n`)")
+    return CorruptError(f"{path} cannot be read: {e.strerror}")
+
+
+def open_partial(root: Path) -> tuple[Path, BinaryIO]:
+    """A new temporary file of this process inside the cache (renames never cross a file system), open for writing."""
     folder = root / "partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+    path = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+    for _ in range(1000):
+        # A process that finishes removes the folder while it is empty, perhaps between these two steps.
+        with suppress(FileNotFoundError):
+            folder.mkdir(exist_ok=True)
+            return path, path.open("xb")
+    raise DataError(f"cannot write {path}: the cache was removed")
 
 
 def remove_orphans(root: Path) -> int:
-    """Removes temporary files of dead processes of this host; returns how many."""
+    """Removes temporary files of dead processes of this host, and old ones of other hosts; returns how many."""
     removed = 0
-    for path in (root / "partial").glob("*~*~*"):
-        host, pid, _ = path.name.split("~")
-        if host == socket.gethostname() and not process_alive(int(pid)):
-            path.unlink(missing_ok=True)
-            removed += 1
+    folder = root / "partial"
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    for name in names:
+        host, _, rest = name.partition("~")
+        pid = rest.partition("~")[0]
+        with suppress(FileNotFoundError):
+            if host == socket.gethostname() and pid.isdecimal():
+                orphaned = not process_alive(int(pid))
+            else:
+                orphaned = time.time() - (folder / name).stat().st_mtime > ORPHAN_SECONDS
+            if orphaned:
+                (folder / name).unlink()
+                removed += 1
     return removed
 
 
@@ -54,7 +96,7 @@ def process_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -73,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 def make_folders(root: Path, folder: Path) -> None:
     """Creates `folder` below `root` and makes each new entry durable."""
     missing = []
-    while folder != root and not folder.exists():
+    while folder != root and not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
@@ -84,12 +126,12 @@ def make_folders(root: Path, folder: Path) -> None:
 def write_durably(root: Path, path: Path, data: bytes) -> None:
     """Writes a small file so that after a crash it is absent, old or complete, never part."""
     with explained(path):
-        temporary = partial_path(root)
+        temporary, file = open_partial(root)
         try:
-            with temporary.open("wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             make_folders(root, path.parent)
             temporary.replace(path)
         finally:
@@ -99,9 +141,7 @@ def write_durably(root: Path, path: Path, data: bytes) -> None:
 
 def remove_if_empty(*folders: Path) -> None:
     """Removes folders that hold nothing, deepest first."""
-    for folder in folders:
-        for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+    for top in folders:
+        for folder, _, _ in os.walk(top, topdown=False):
             with suppress(OSError):
-                path.rmdir()
-        with suppress(OSError):
-            folder.rmdir()
+                os.rmdir(folder)

@@ -31,7 +31,12 @@ def to_json(value: Any) -> Any:
 
 def canonical_json(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        # What the file system gives for a name that is not UTF-8.
+        raise SpecError(f"{text[max(0, e.start - 40) : e.end + 10]!r} is no valid Unicode; rename the file") from e
 
 
 def digest(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The manifest of a cache: groups of records, their arrays, shards and extents. It may grow, identity may not."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,8 @@ from fcache.cache_spec.targets import target_arrays
 FORMAT = 1
 FEATURES = "features"
 SHARD_BYTES = 256_000_000
+RESERVED = frozenset({"commits", "manifest", "claims", "partial", "lock", "tables"})
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 INDEX_ARRAYS = (
     ArraySpec("index/sample", "int32", (), fill=-1, layout="table"),
@@ -73,6 +76,19 @@ class Group:
     def __post_init__(self) -> None:
         if self.role not in ROLES or not self.ids or len(set(self.ids)) != len(self.ids):
             raise SpecError(f"group {self.path!r}: a role of {ROLES} and unique sample ids are expected")
+        if len(self.ids) != len(self.digests) or min(self.shard_records, self.batch, self.views) < 1:
+            raise SpecError(f"group {self.path!r}: one digest an id, positive shard size, batch and views are expected")
+        if small := {name: n for name, n in self.limits.items() if n < 1}:
+            raise SpecError(f"group {self.path!r}: limits of ragged targets are at least 1, got {small}")
+        names = self.path.split("/")
+        if not all(NAME.fullmatch(n) for n in names) or names[0] in RESERVED:
+            raise SpecError(
+                f"a split or group is named with letters, digits, '.', '_' and '-' and not {', '.join(sorted(RESERVED))}; "
+                f"got {self.path!r}"
+            )
+        levels = [level.name for level in self.levels]
+        if bad := [n for n in levels if not NAME.fullmatch(n) or n in ("index", "targets") or levels.count(n) > 1]:
+            raise SpecError(f"group {self.path!r}: levels have unique plain names, got {bad}")
 
     @property
     def num_shards(self) -> int:
@@ -138,6 +154,12 @@ class Manifest:
     random_weights: str | None = None
     hints: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        paths = [g.path for g in self.groups]
+        for path in paths:
+            if inside := [p for p in paths if p.startswith(f"{path}/")]:
+                raise SpecError(f"group {inside[0]!r} lies inside group {path!r}; name one of them differently")
+
     def group(self, path: str) -> Group:
         """The group at `path`. Raises SpecError if there is none."""
         for g in self.groups:
@@ -192,7 +214,7 @@ def new_group(group: Group) -> Group:
 
 
 def grow_group(old: Group, new: Group) -> Group:
-    """`old` with the samples and views that `new` has beyond it; records that exist keep their place.
+    """`old` with the samples, views and limits that `new` has beyond it; records that exist keep their place.
 
     Raises IncompatibleError if a sample's digest changed or a fixed field differs.
     """
@@ -216,7 +238,7 @@ def grow_group(old: Group, new: Group) -> Group:
         extents = _append(extents, old, range(views), count, len(added))
     return replace(
         old, ids=(*old.ids, *(i for i, _ in added)), digests=(*old.digests, *(d for _, d in added)),
-        views=views, extents=extents,
+        views=views, extents=extents, limits={**new.limits, **old.limits},
     )  # fmt: skip
 
 

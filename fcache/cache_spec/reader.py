@@ -1,5 +1,6 @@
 """The cache reader: what is committed, and records of it."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fcache.cache_spec.access import ArrayAccess, choose_mode
+from fcache.cache_spec.access import ArrayAccess, OpenShards, choose_mode
+from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.block import SourceInfo
 from fcache.cache_spec.commits import Commit, read_commits
-from fcache.cache_spec.errors import IncompatibleError, IncompleteError
+from fcache.cache_spec.errors import CorruptError, IncompatibleError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
+from fcache.cache_spec.shardfile import shard_key
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.store import read_manifest
 
@@ -29,7 +32,7 @@ class GroupRecords:
 
 
 class CacheReader:
-    """An open cache. It writes nothing. Make one with `open_cache`."""
+    """An open cache. It writes nothing, and several threads may use it. Make one with `open_cache`."""
 
     def __init__(self, root: Path, *, allow_partial: bool, mode: str) -> None:
         self.root = root
@@ -38,6 +41,8 @@ class CacheReader:
         self.mode = choose_mode(root, mode)
         self._commits: dict[tuple[str, str], dict[int, Commit]] = {}
         self._access: dict[tuple[str, str], ArrayAccess] = {}
+        self._shards = OpenShards(self.mode)
+        self._lock = threading.RLock()
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -46,22 +51,33 @@ class CacheReader:
 
     def commits(self, group: Group, part: str) -> dict[int, Commit]:
         """The valid commits of a part of a group by shard, read once (see `refresh`)."""
-        key = (group.path, part)
-        if key not in self._commits:
-            found, wanted = read_commits(self.root, group.path, part), self.manifest.part_key(part)
-            for c in found.values():
-                if c.key != wanted and part == FEATURES:
-                    raise IncompatibleError(
-                        f"shard {c.shard} of {group.path!r} was written with other settings ({c.key[:12]}, the cache "
-                        f"is {wanted[:12]}); run `fcache verify`"
-                    )
-            self._commits[key] = {i: c for i, c in found.items() if c.key == wanted}
-        return self._commits[key]
+        with self._lock:
+            if (group.path, part) not in self._commits:
+                self._commits[group.path, part] = self._read_commits(group, part)
+            return self._commits[group.path, part]
+
+    def _read_commits(self, group: Group, part: str) -> dict[int, Commit]:
+        found, wanted = read_commits(self.root, group.path, part), self.manifest.part_key(part)
+        shards = {s.index: s for s in group.shards()}
+        for c in found.values():
+            if c.key != wanted and part == FEATURES:
+                raise IncompatibleError(
+                    f"shard {c.shard} of {group.path!r} was written with other settings ({c.key[:12]}, the cache "
+                    f"is {wanted[:12]}); run `fcache verify`"
+                )
+        # A cache that grew after this reader read its manifest has more shards than the manifest says.
+        valid = {i: c for i, c in found.items() if c.key == wanted and i in shards}
+        for i, c in valid.items():
+            if not c.fits(shards[i], group.ids):
+                raise CorruptError(f"{self.root}: commit {i} of {group.path!r} ({part}) does not fit the manifest")
+        return valid
 
     def refresh(self) -> None:
         """Looks again at what is committed."""
-        self._commits.clear()
-        self._access.clear()
+        with self._lock:
+            self._commits.clear()
+            self._access.clear()
+            self._shards = OpenShards(self.mode)
 
     def missing(self, part: str = FEATURES, split: str | None = None) -> int:
         """How many shards of a part have no commit."""
@@ -114,26 +130,35 @@ class CacheReader:
     def access(self, group: Group, part: str, path: str) -> ArrayAccess:
         """Direct access to one array (its path on disk, relative to the group) of a part."""
         key = (group.path, path)
-        if key not in self._access:
-            folder = f"{group.path}/{path}"
-            spec = part_arrays(group, part)[path]
-            sizes = {}
-            for index, commit in self.commits(group, part).items():
-                zeros = "/0" * len(spec.shape)
-                sizes[index] = commit.files[f"{folder}/c/{index}{zeros}"][0]
-            self._access[key] = ArrayAccess(
-                self.root / folder, spec, shard_records=group.shard_records, sizes=sizes, mode=self.mode
-            )
-        return self._access[key]
+        with self._lock:
+            if key not in self._access:
+                arrays = part_arrays(group, part)
+                if path not in arrays:
+                    raise unknown_name("array", path, arrays)
+                folder, spec = f"{group.path}/{path}", arrays[path]
+                sizes = {}
+                for index, commit in self.commits(group, part).items():
+                    name = f"{folder}/{shard_key(spec, index)}"
+                    if name not in commit.files:
+                        raise CorruptError(f"{self.root}: commit {index} of {group.path!r} ({part}) lacks {name}")
+                    sizes[index] = commit.files[name][0]
+                self._access[key] = ArrayAccess(
+                    self.root / folder, spec, shard_records=group.shard_records, sizes=sizes, shards=self._shards
+                )
+            return self._access[key]
 
     def read(self, group: str, path: str, record: int) -> np.ndarray:
-        """One record of one array ("level-4", "index/to_view", "targets/semantic/map"), cut to its count if ragged."""
+        """One record of one array ("level-4", "index/to_view", "targets/semantic/map"), cut to its count if ragged.
+
+        Raises SpecError for an array that the group lacks, IncompleteError for a record that is not committed.
+        """
         g = self.manifest.group(group)
         part = path.split("/")[1] if path.startswith("targets/") else FEATURES
-        found = self.access(g, part, path).read(record)
-        if part_arrays(g, part)[path].ragged:
-            found = found[: int(self.access(g, part, f"{path}.count").read(record))]
-        return found
+        access = self.access(g, part, path)
+        found = access.read(record)
+        if not access.spec.ragged:
+            return found
+        return found[: check_count(self.access(g, part, f"{path}.count").read(record), access.spec, record)]
 
     def info(self, split: str, *, kinds: Sequence[str] = (), levels: Sequence[LevelSpec] = ()) -> SourceInfo:
         """What a source over a split gives; the extent is the committed set."""
@@ -162,6 +187,16 @@ class CacheReader:
             random_weights=self.manifest.random_weights,
             extent=extent,
         )
+
+
+def check_count(count: np.ndarray, spec: ArraySpec, record: int) -> int:
+    """The used length of a ragged record. Raises CorruptError if its array cannot hold that many."""
+    n = int(count)
+    if not 0 <= n <= spec.shape[0]:
+        raise CorruptError(
+            f"{spec.path}.count is {n} for record {record}, at most {spec.shape[0]} fit; run `fcache verify`"
+        )
+    return n
 
 
 def open_cache(root: Path | str, *, allow_partial: bool = False, mode: str = "auto") -> CacheReader:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numcodecs.zstd import Zstd
 
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import partial_path
+from fcache.cache_spec.files import open_partial
 
 ABSENT = 2**64 - 1
 ZSTD = Zstd(level=1)
@@ -63,8 +64,7 @@ class ShardFile:
         self.target = target
         self._spec = spec
         self._dtype = np.dtype(spec.dtype).newbyteorder("<")
-        self._temporary = partial_path(root)
-        self._file = self._temporary.open("xb")
+        self._temporary, self._file = open_partial(root)
         self._hash = hashlib.sha256()
         self._size = 0
         self._index = np.full((slots, 2), ABSENT, dtype="<u8")
@@ -72,21 +72,27 @@ class ShardFile:
             self._table = np.full((slots, *spec.shape), spec.fill, dtype=self._dtype)
 
     def put(self, slot: int, record: np.ndarray) -> None:
-        """Stores one record, whole: shape `spec.shape`, or shorter on axis 0 if the array is ragged."""
-        if self._spec.layout == "table":
-            self._table[slot] = record
-            return
-        data = np.ascontiguousarray(record, dtype=self._dtype)
+        """Stores one record, whole: shape `spec.shape`, or shorter on axis 0 if the array is ragged.
+
+        Raises DataError if an integer does not fit its type, or a ragged record its limit.
+        """
+        data = np.asarray(record, dtype=self._dtype, order="C")
+        if data.dtype.kind in "iu" and data.dtype != record.dtype and not np.array_equal(data, record):
+            raise DataError(f"{self._spec.path}: values do not fit {self._spec.dtype}, they reach {np.max(record)}")
         if self._spec.ragged and len(data) > self._spec.shape[0]:
             raise DataError(
                 f"{self._spec.path}: a record has {len(data)} entries, the cache was planned for {self._spec.shape[0]}; "
                 "extract into a new --cache"
             )
         if self._spec.ragged and data.shape != self._spec.shape:
+            data = data if data.size else data.reshape(0, *self._spec.shape[1:])
             padded = np.full(self._spec.shape, self._spec.fill, dtype=self._dtype)
             padded[: len(data)] = data
             data = padded
         assert data.shape == self._spec.shape, f"{self._spec.path}: record {data.shape}, expected {self._spec.shape}"
+        if self._spec.layout == "table":
+            self._table[slot] = data
+            return
         assert self._index[slot, 0] == ABSENT, f"{self._spec.path}: slot {slot} written twice"
         raw: Any = data.reshape(-1).view(np.uint8).data
         if self._spec.compression == "zstd":
@@ -111,8 +117,11 @@ class ShardFile:
 
     def discard(self) -> None:
         """Removes what was written, if it was not published."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        # Closing writes what is buffered, which fails again on a full disk.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
     def _write(self, data: Any) -> None:
         self._file.write(data)
@@ -133,9 +142,34 @@ def parse_index(raw: bytes, slots: int, size: int, name: str) -> np.ndarray:
         raise CorruptError(f"{name}: the shard index is damaged (crc32c differs); run `fcache repair`")
     index = np.frombuffer(body, dtype="<u8").reshape(slots, 2)
     used = index[index[:, 0] != ABSENT]
-    if len(used) and int((used[:, 0] + used[:, 1]).max()) > size - len(raw):
+    if len(used) and (used.max() > size or int(used.sum(axis=1).max()) > size - len(raw)):
         raise CorruptError(f"{name}: the shard index points outside the file; run `fcache repair`")
     return index
+
+
+def decode_zstd(frame: np.ndarray, out: np.ndarray, name: str) -> None:
+    """Decompresses `frame` into `out` (both uint8). Raises CorruptError if it does not hold exactly that much."""
+    try:
+        size = _content_size(frame[:14].tobytes())
+        if size == len(out):
+            ZSTD.decode(frame, out)
+    except (IndexError, RuntimeError, ValueError) as e:
+        raise CorruptError(f"{name}: a record is damaged ({e}); run `fcache repair`") from e
+    if size != len(out):
+        raise CorruptError(f"{name}: a record decodes to {size} bytes, expected {len(out)}; run `fcache repair`")
+
+
+def _content_size(header: bytes) -> int:
+    """The size that a zstd frame states (RFC 8878, 3.1.1.1): the decoder accepts a shorter one than its output."""
+    if header[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("no zstd frame")
+    descriptor = header[4]
+    single, width = descriptor >> 5 & 1, (0, 2, 4, 8)[descriptor >> 6]
+    if width == 0 and not single:
+        raise ValueError("the zstd frame does not state its size")
+    start = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
+    size = int.from_bytes(header[start : start + max(1, width)], "little")
+    return size + 256 if width == 2 else size
 
 
 def index_size(slots: int) -> int:

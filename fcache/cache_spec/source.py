@@ -11,15 +11,16 @@ import numpy as np
 from fcache.cache_spec.access import ArrayAccess
 from fcache.cache_spec.block import Block, CodedLevel, SourceInfo
 from fcache.cache_spec.encodings import find_encoding
-from fcache.cache_spec.errors import SpecError, unknown_name
+from fcache.cache_spec.errors import CorruptError, SpecError, unknown_name
 from fcache.cache_spec.layout import FEATURES, Group
 from fcache.cache_spec.order import epoch_batches, subset_ids
-from fcache.cache_spec.reader import CacheReader, GroupRecords
+from fcache.cache_spec.reader import CacheReader, GroupRecords, check_count
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.view import View
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 Buffers = dict[str, np.ndarray]
+_Ring = deque[tuple[str, Buffers]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class StreamConfig:
             raise SpecError(f"batch_size and threads must be positive, got {self.batch_size} and {self.threads}")
         if self.order not in ("shuffled", "sequential"):
             raise SpecError(f"order is shuffled or sequential, got {self.order!r}")
+        if not 0 < self.subset <= 1:
+            raise SpecError(f"a subset is more than 0 % and at most 100 %, got {self.subset:.4%}")
+        if not 0 <= self.world[0] < self.world[1]:
+            raise SpecError(f"world is (rank, processes) with 0 <= rank < processes, got {self.world}")
 
 
 class CacheSource:
@@ -61,6 +66,7 @@ class CacheSource:
         self._views = sorted({int(v) for g in self._groups for v in np.unique(g.views)})
         info = reader.info(split, kinds=config.kinds, levels=self._levels[0])
         self._info = replace(info, extent={**info.extent, "subset": config.subset})
+        self._ring: _Ring | None = None
 
     @property
     def info(self) -> SourceInfo:
@@ -75,7 +81,9 @@ class CacheSource:
         """The blocks of an epoch. Buffers are filled again: a block holds until the next-but-one is asked for."""
         groups, batches = self._batches(epoch)
         threads = self._config.threads
-        ring: deque[tuple[str, Buffers]] = deque((("", {}) for _ in range(threads + 2)), maxlen=threads + 2)
+        # Epochs after each other use the same buffers; iterations at the same time have their own.
+        kept, self._ring = self._ring, None
+        ring: _Ring = kept or deque(("", {}) for _ in range(threads + 2))
         waiting: deque[Future[Block[np.ndarray]]] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="fcache-read")
         try:
@@ -91,6 +99,9 @@ class CacheSource:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            # What was read ahead and not given out is filled next, the block given out last is filled last.
+            ring.rotate(len(waiting))
+            self._ring = ring
 
     def _batches(self, epoch: int) -> tuple[list[GroupRecords], list[tuple[int, np.ndarray]]]:
         config, groups = self._config, self._groups
@@ -106,7 +117,7 @@ class CacheSource:
             world=config.world,
         )
 
-    def _slot(self, ring: deque[tuple[str, Buffers]], records: GroupRecords) -> Buffers:
+    def _slot(self, ring: _Ring, records: GroupRecords) -> Buffers:
         path, buffers = ring.popleft()
         if path != records.group.path:
             buffers = {}
@@ -130,6 +141,7 @@ class CacheSource:
             for a in group.target_arrays(kind)
             if not a.path.endswith(".count")
         }
+        _check_index(records, positions, index)
         return Block(
             ids=tuple(group.ids[i] for i in index["index/sample"]),
             views=_views(group, index),
@@ -155,21 +167,31 @@ class _Copier:
         if path not in self.buffers:
             self.buffers[path] = self.allocate((self.batch_size, *access.spec.shape), access.dtype)
         out = self.buffers[path][: len(self.records)]
-        for i, record in enumerate(self.records):
-            access.read_into(record, out[i : i + 1])
+        access.read_into(self.records, out)
         return out
 
     def target(self, kind: str, path: str, ragged: bool) -> np.ndarray | list[np.ndarray]:
         values = self(kind, f"targets/{path}")
         if not ragged:
             return values
-        counts = self(kind, f"targets/{path}.count")
-        return [v[: int(n)] for v, n in zip(values, counts, strict=True)]
+        spec = self.reader.access(self.group, kind, f"targets/{path}").spec
+        counts = zip(self.records, self(kind, f"targets/{path}.count"), strict=True)
+        return [v[: check_count(n, spec, record)] for v, (record, n) in zip(values, counts, strict=True)]
 
 
 def open_source(reader: CacheReader, split: str, config: StreamConfig) -> CacheSource:
     """A block source over a split. Raises IncompleteError or SpecError if something asked for is not there."""
     return CacheSource(reader, split, config)
+
+
+def _check_index(records: GroupRecords, positions: np.ndarray, index: Mapping[str, np.ndarray]) -> None:
+    """Raises CorruptError if the stored index says something else than the manifest: targets would not belong."""
+    for path, expected in (("index/sample", records.samples[positions]), ("index/view", records.views[positions])):
+        if not np.array_equal(index[path], expected):
+            raise CorruptError(
+                f"{records.group.path}/{path} is {index[path].tolist()}, the manifest says {expected.tolist()}; "
+                "run `fcache verify --deep`"
+            )
 
 
 def _views(group: Group, index: Mapping[str, np.ndarray]) -> tuple[View, ...]:

@@ -2,24 +2,20 @@
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.errors import CorruptError, IncompatibleError, SpecError
-from fcache.cache_spec.files import explained, make_folders, write_durably
-from fcache.cache_spec.identity import canonical_json, first_difference, from_json, to_json
+from fcache.cache_spec.files import explained, make_folders, read_file, sync_folder, write_durably
+from fcache.cache_spec.identity import canonical_json, digest, first_difference, from_json, to_json
 from fcache.cache_spec.layout import FORMAT, Group, Manifest, grow_group, new_group, part_arrays
 from fcache.cache_spec.shardfile import array_metadata
 from fcache.cache_spec.spec import FeatureSpec, TargetSpec, targets_key
 
 GROUP_NODE: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-LOCK_SECONDS = 60.0
 
 
 def is_cache(root: Path) -> bool:
@@ -32,21 +28,51 @@ def read_manifest(root: Path) -> Manifest:
 
     Raises SpecError if there is no cache, IncompatibleError for a newer format, CorruptError if a file is damaged.
     """
+    data = _read_root(root)
+    while True:
+        try:
+            return _manifest(root, data)
+        except CorruptError:
+            # A process that grows the cache removes the group manifests of before: then the root is new, too.
+            now = _read_root(root)
+            if now == data:
+                raise
+            data = now
+
+
+def _read_root(root: Path) -> bytes:
     try:
-        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]["fcache"]
+        return read_file(root / "zarr.json")
     except FileNotFoundError:
         raise SpecError(f"no cache at {root} (no zarr.json); make one with `fcache extract --cache {root} …`") from None
-    except (ValueError, KeyError) as e:
-        raise CorruptError(f"{root / 'zarr.json'} is no cache root: {e!r}") from e
-    if attributes["format"] > FORMAT:
-        raise IncompatibleError(
-            f"{root} has format {attributes['format']}, this fcache reads up to {FORMAT}; update fcache"
-        )
+
+
+def _manifest(root: Path, data: bytes) -> Manifest:
+    path = root / "zarr.json"
+    try:
+        attributes = json.loads(data)["attributes"]["fcache"]
+        if attributes["format"] > FORMAT:
+            raise IncompatibleError(
+                f"{root} has format {attributes['format']}, this fcache reads up to {FORMAT}; update fcache"
+            )
+        stated = attributes.pop("digest")
+        if stated != digest(attributes):
+            raise CorruptError(f"{path} was changed (its digest differs); restore it from a copy")
+        return _build(root, attributes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CorruptError(f"{path} is no root of a cache ({type(e).__name__}: {e}); restore it from a copy") from e
+
+
+def _build(root: Path, attributes: dict[str, Any]) -> Manifest:
     groups = []
     for path, entry in attributes["groups"].items():
-        data = _read(root / entry["file"])
+        file = root / entry["file"]
+        try:
+            data = read_file(file)
+        except FileNotFoundError:
+            raise CorruptError(f"{file} is missing, the cache's root names it; restore it from a copy") from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise CorruptError(f"{root / entry['file']}: the manifest of {path!r} was changed (its digest differs)")
+            raise CorruptError(f"{file}: the manifest of {path!r} was changed (its digest differs)")
         groups.append(from_json(Group, json.loads(data)))
     manifest = Manifest(
         features=from_json(FeatureSpec, attributes["feature_spec"]),
@@ -60,13 +86,6 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptError(f"{path} is missing, the cache's root names it") from None
-
-
 def create_or_grow(root: Path, wanted: Manifest) -> Manifest:
     """Makes a cache at `root`, or grows the one there to hold what `wanted` holds beyond it; returns its manifest.
 
@@ -74,16 +93,30 @@ def create_or_grow(root: Path, wanted: Manifest) -> Manifest:
     have no extents yet. Raises IncompatibleError naming the first field in which the identities differ.
     """
     with explained(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
-            if not is_cache(root):
-                if stray := sorted(p.name for p in root.iterdir() if p.name not in ("lock", "partial"))[:5]:
-                    raise SpecError(f"{root} is not empty and no cache (it holds {', '.join(stray)}); choose another")
-                grown = replace(wanted, groups=tuple(new_group(g) for g in wanted.groups))
-            else:
-                grown = _grown(read_manifest(root), wanted)
-            _write(root, grown)
+        if not root.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            sync_folder(root.parent)
+        elif not is_cache(root):
+            _check_empty(root)
+        claims = Claims(root)
+        with claims.lock():
+            grown = preview(root, wanted)
+            _write(root, grown, claims)
     return grown
+
+
+def _check_empty(root: Path) -> None:
+    # The folder of manifests is the first thing in a new cache: with it, this is a creation that was interrupted.
+    names = sorted(p.name for p in root.iterdir() if not p.name.startswith("lock") and p.name != "partial")
+    if names and "manifest" not in names:
+        raise SpecError(f"{root} is not empty and no cache (it holds {', '.join(names[:5])}); choose another")
+
+
+def preview(root: Path, wanted: Manifest) -> Manifest:
+    """The manifest that `create_or_grow` would give; writes nothing. Raises as that."""
+    if is_cache(root):
+        return _grown(read_manifest(root), wanted)
+    return replace(wanted, groups=tuple(new_group(g) for g in wanted.groups))
 
 
 def check_identity(found: FeatureSpec, wanted: FeatureSpec) -> None:
@@ -118,23 +151,18 @@ def _grown(old: Manifest, wanted: Manifest) -> Manifest:
     return replace(old, targets=(*old.targets, *added), groups=tuple(groups.values()))
 
 
-def _write(root: Path, manifest: Manifest) -> None:
+def _write(root: Path, manifest: Manifest, claims: Claims) -> None:
     """Group manifests under new names, array metadata, then the root: a kill in between leaves the old manifest."""
     entries = {}
     for group in manifest.groups:
+        claims.beat()
         data = canonical_json(group)
         sha = hashlib.sha256(data).hexdigest()
         file = f"manifest/{group.path.replace('/', '_')}-{sha[:12]}.json"
         entries[group.path] = {"file": file, "sha256": sha}
         _write_json(root, file, data)
-        nodes = {group.path.rsplit("/", i)[0] for i in range(group.path.count("/") + 1)}
-        for part in manifest.parts():
-            for path, spec in part_arrays(group, part).items():
-                metadata = array_metadata(spec, num_records=group.num_records, shard_records=group.shard_records)
-                _write_json(root, f"{group.path}/{path}/zarr.json", json.dumps(metadata, indent=1).encode())
-                nodes |= {f"{group.path}/{path}".rsplit("/", i)[0] for i in range(1, path.count("/") + 1)}
-        for node in sorted(nodes):
-            _write_json(root, f"{node}/zarr.json", json.dumps(GROUP_NODE, indent=1).encode())
+        for path, metadata in zarr_nodes(group, manifest.parts()).items():
+            _write_json(root, f"{path}/zarr.json", json.dumps(metadata, indent=1).encode())
     attributes = {
         "format": FORMAT,
         "features": manifest.features.key,
@@ -145,12 +173,23 @@ def _write(root: Path, manifest: Manifest) -> None:
         "hints": to_json(manifest.hints),
         "groups": entries,
     }
-    node = {**GROUP_NODE, "attributes": {"fcache": attributes}}
+    node = {**GROUP_NODE, "attributes": {"fcache": {**attributes, "digest": digest(attributes)}}}
     _write_json(root, "zarr.json", json.dumps(node, indent=1).encode())
     kept = {e["file"] for e in entries.values()}
     for path in (root / "manifest").iterdir():
         if f"manifest/{path.name}" not in kept:
             path.unlink()
+
+
+def zarr_nodes(group: Group, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The content of every `zarr.json` of a group, by the path of its folder below the cache."""
+    nodes = {group.path.rsplit("/", i)[0]: GROUP_NODE for i in range(group.path.count("/") + 1)}
+    for part in parts:
+        for path, spec in part_arrays(group, part).items():
+            full = f"{group.path}/{path}"
+            nodes |= {full.rsplit("/", i)[0]: GROUP_NODE for i in range(1, path.count("/") + 1)}
+            nodes[full] = array_metadata(spec, num_records=group.num_records, shard_records=group.shard_records)
+    return nodes
 
 
 def _write_json(root: Path, name: str, data: bytes) -> None:
@@ -161,30 +200,7 @@ def _write_json(root: Path, name: str, data: bytes) -> None:
     write_durably(root, path, data)
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One process at a time creates or grows; a lock older than a minute belongs to a dead one."""
-    lock = root / "lock"
-    started = time.monotonic()
-    while True:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            try:
-                age = time.time() - lock.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            if age > LOCK_SECONDS or time.monotonic() - started > LOCK_SECONDS:
-                lock.unlink(missing_ok=True)
-            time.sleep(0.05)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
 def committed_shards(root: Path, manifest: Manifest, group: str, part: str) -> set[int]:
-    """Shards of a part with a valid commit. Raises IncompatibleError if features of another identity were mixed in."""
+    """Shards of a part with a valid commit of the manifest's identity. Raises CorruptError if a commit is damaged."""
     key = manifest.part_key(part)
     return {index for index, c in read_commits(root, group, part).items() if c.key == key}

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fcache.cache_spec.commits import Commit, commit_path, read_commit
-from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.layout import Group, Shard, part_arrays
-from fcache.cache_spec.shardfile import array_metadata, index_size, parse_index, shard_key
-from fcache.cache_spec.store import read_manifest
+from fcache.cache_spec.errors import CorruptError, DataError
+from fcache.cache_spec.files import unreadable
+from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
+from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
+from fcache.cache_spec.store import GROUP_NODE, read_manifest, zarr_nodes
 
 CHUNK = 1 << 22
 
@@ -55,11 +57,8 @@ def verify(root: Path, *, deep: bool = False, report: Callable[[int, int], None]
     """
     manifest = read_manifest(root)
     jobs = [(g, part, s) for g in manifest.groups for part in manifest.parts() for s in g.shards()]
-    faults: list[Fault] = []
+    faults = _metadata_faults(root, manifest)
     committed, size = 0, 0
-    for group in manifest.groups:
-        for part in manifest.parts():
-            faults += _metadata_faults(root, group, part)
     with ThreadPoolExecutor(2) as pool:
         checks = pool.map(lambda job: _check(root, *job, key=manifest.part_key(job[1]), deep=deep), jobs)
         for done, (commit, fault) in enumerate(checks, 1):
@@ -73,19 +72,44 @@ def verify(root: Path, *, deep: bool = False, report: Callable[[int, int], None]
     return Verified(len(jobs), committed, size, tuple(faults))
 
 
-def _metadata_faults(root: Path, group: Group, part: str) -> list[Fault]:
-    """Array metadata other than what the manifest implies would make other zarr readers see other numbers."""
+def _metadata_faults(root: Path, manifest: Manifest) -> list[Fault]:
+    """Metadata other than what the manifest implies would make other zarr readers see other numbers, or none."""
     faults = []
-    for path, spec in part_arrays(group, part).items():
-        expected = array_metadata(spec, num_records=group.num_records, shard_records=group.shard_records)
-        file = root / group.path / path / "zarr.json"
-        try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError) as e:
-            found = {"unreadable": str(e)}
-        if found != expected:
-            faults.append(Fault(group.path, part, -1, "corrupt", f"{group.path}/{path}/zarr.json is not as written"))
+    if _without_attributes(_read_json(root / "zarr.json")) != _without_attributes(GROUP_NODE):
+        faults.append(Fault("", FEATURES, -1, "corrupt", "zarr.json is not as written"))
+    for group in manifest.groups:
+        seen: set[str] = set()
+        for part in manifest.parts():
+            for path, expected in zarr_nodes(group, (part,)).items():
+                if path in seen:
+                    continue
+                seen.add(path)
+                found = _read_json(root / path / "zarr.json")
+                if _without_records(found) != _without_records(expected) or _records(found) < _records(expected):
+                    faults.append(Fault(group.path, part, -1, "corrupt", f"{path}/zarr.json is not as written"))
     return faults
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        return {"unreadable": str(e)}
+    return found if isinstance(found, dict) else {"unreadable": "no object"}
+
+
+def _without_attributes(node: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in node.items() if k != "attributes"}
+
+
+def _records(node: dict[str, Any]) -> int:
+    """The records that a node is long: a growth that was interrupted leaves arrays longer than the manifest says."""
+    shape = node.get("shape")
+    return shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
+
+
+def _without_records(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node, "shape": node["shape"][1:]} if _records(node) else node
 
 
 def _check(
@@ -98,13 +122,15 @@ def _check(
         commit = read_commit(root / commit_path(group.path, part, shard.index))
     except FileNotFoundError:
         return None, fault("missing", "not committed")
-    except CorruptError as e:
+    except (CorruptError, DataError) as e:
         return None, fault("corrupt", str(e))
     if commit.key != key:
-        return None, fault("missing", "committed for other targets" if part != "features" else "other settings")
+        return None, fault(
+            "missing", "committed for other targets" if part != FEATURES else "committed with other settings"
+        )
     arrays = part_arrays(group, part)
     expected = {f"{group.path}/{path}/{shard_key(spec, shard.index)}": spec for path, spec in arrays.items()}
-    if set(expected) != set(commit.files) or commit.first != shard.first or commit.count != shard.count:
+    if set(expected) != set(commit.files) or not commit.fits(shard, group.ids):
         return commit, fault("corrupt", "the commit does not fit the manifest")
     for name, (size, sha) in commit.files.items():
         path = root / name
@@ -120,6 +146,8 @@ def _check(
                 return commit, fault("corrupt", f"{name} does not hold what its commit says (SHA-256 differs)")
         except FileNotFoundError:
             return commit, fault("corrupt", f"{name} is missing")
+        except OSError as e:
+            return commit, fault("corrupt", str(unreadable(name, e)))
         except CorruptError as e:
             return commit, fault("corrupt", str(e))
     return commit, None

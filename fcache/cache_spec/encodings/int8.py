@@ -20,7 +20,9 @@ def _scale_shape(level):
 
 def _encode(x, level, tables, xp):
     axes = _axes(level)
-    scale = xp.amax(abs(x), axis=axes) / 127.0
+    largest = xp.amax(abs(x), axis=axes)
+    # By an array: CUDA divides by a number through its reciprocal, which is not the same in the last bit.
+    scale = largest / xp.full_like(largest, 127.0)
     wide = scale.reshape(_wide(level, len(x)))
     # A map of zeros, or one too small to have a normal scale, is all zeros.
     codes = xp.round(xp.where(wide > 0, x / xp.where(wide > 0, wide, xp.ones_like(wide)), xp.zeros_like(x)))

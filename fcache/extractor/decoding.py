@@ -1,0 +1,105 @@
+"""Decoding: requests in, views with targets out, in worker processes or in this one."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fcache.cache_spec import DataError, View
+from fcache.extractor.datasets import DatasetSplit
+from fcache.extractor.views import cut_view
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """One record to make: which sample of a split, which view, on which canvas (height, width)."""
+
+    split: str
+    sample: int
+    view: int
+    canvas: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A record before the backbone: uint8 image [3, h, w] (the valid area), its view, its targets by array path.
+
+    `failure` is the reason if the sample cannot be used, then the rest is None; `unreadable` says that reading failed
+    even after retries, which is no fault of the sample.
+    """
+
+    request: Request
+    image: np.ndarray | None = None
+    view: View | None = None
+    targets: Mapping[str, Any] | None = None
+    failure: str | None = None
+    unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes records of opened splits; `cuts` maps a split to its view recipe. Picklable, for worker processes."""
+
+    splits: Mapping[str, DatasetSplit]
+    cuts: Mapping[str, Any]
+    seed: int
+
+    def __getitem__(self, request: Request) -> Decoded:
+        split = self.splits[request.split]
+        sample = split.samples[request.sample]
+        for attempt in range(ATTEMPTS):
+            try:
+                raw = split.load(split.root, sample)
+                break
+            except DataError as e:
+                return Decoded(request, failure=str(e))
+            except OSError as e:
+                if attempt == ATTEMPTS - 1:
+                    return Decoded(request, failure=f"{sample.path}: {e}", unreadable=True)
+                time.sleep(0.2 * 4**attempt)
+        viewed = cut_view(
+            self.cuts[request.split],
+            seed=self.seed,
+            sample_id=sample.id,
+            view=request.view,
+            raw=raw,
+            canvas=request.canvas,
+            role=split.role,
+        )
+        return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
+
+
+def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:
+    """The records of `requests` in order; `requests` is drawn from lazily, a few records ahead.
+
+    With `workers` above 0 that many processes decode. Results travel as plain arrays through pipes: shared memory is
+    often small where extractions run.
+    """
+    if workers == 0:
+        yield from (decoder[r] for r in requests)
+        return
+    loader: DataLoader[Decoded] = DataLoader(
+        decoder,  # type: ignore[arg-type]
+        sampler=requests,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_one_thread,
+        collate_fn=_as_is,
+        prefetch_factor=4,
+    )
+    yield from loader
+
+
+def _as_is(decoded: Decoded) -> Decoded:
+    return decoded
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,145 @@
+"""What an extraction would cost: records, bytes, free space and time, before anything is written."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fcache.cache_spec import DataError, Manifest
+from fcache.cache_spec.commits import read_commits
+from fcache.cache_spec.layout import FEATURES, record_bytes
+from fcache.cache_spec.store import is_cache, preview
+from fcache.extractor.decoding import Request
+from fcache.extractor.encode import LevelFacts, encode_batch
+from fcache.extractor.forward import features_of
+from fcache.extractor.job import Job
+from fcache.extractor.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split: samples, views, records and shards in all and still to do, bytes of features, canvases."""
+
+    name: str
+    samples: int
+    views: int
+    records: int
+    pending_records: int
+    shards: int
+    pending_shards: int
+    bytes: int
+    pending_bytes: int
+    canvases: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a job. Bytes are those of the features as encoded, before any lossless compression.
+
+    `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
+    measured rate, None if it was not measured.
+    """
+
+    cache: Path
+    features: str
+    splits: tuple[SplitPlan, ...]
+    level_bytes: Mapping[str, int]
+    free_bytes: int
+    random_weights: str | None
+    seconds: float | None = None
+
+    @property
+    def records(self) -> int:
+        """Records of all splits."""
+        return sum(s.records for s in self.splits)
+
+    @property
+    def pending_records(self) -> int:
+        """Records that are not committed."""
+        return sum(s.pending_records for s in self.splits)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all records."""
+        return sum(s.bytes for s in self.splits)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that are still to write."""
+        return sum(s.pending_bytes for s in self.splits)
+
+
+def plan(job: Job, *, measure: bool = True) -> Plan:
+    """The plan of a job; with `measure` one batch is decoded and run, twice, to estimate the time."""
+    prepared = prepare(job)
+    found = plan_of(prepared)
+    if not measure or found.pending_records == 0:
+        return found
+    seconds = _seconds_per_record(prepared) * found.pending_records
+    return replace(found, seconds=seconds)
+
+
+def plan_of(prepared: Prepared) -> Plan:
+    """The plan of a prepared job, with what its cache has already. Raises as `create_or_grow`."""
+    job = prepared.job
+    manifest = preview(job.cache, prepared.wanted)
+    training = next((g for g in manifest.groups if g.role == "training"), manifest.groups[0])
+    return Plan(
+        cache=job.cache,
+        features=manifest.features.key,
+        splits=tuple(_split_plan(job, manifest, name) for name in job.splits),
+        level_bytes={level.name: record_bytes((level,), training.encoding) for level in training.levels},
+        free_bytes=_free_bytes(job.cache),
+        random_weights=manifest.random_weights,
+    )
+
+
+def _split_plan(job: Job, manifest: Manifest, name: str) -> SplitPlan:
+    records = pending_records = shards = pending_shards = size = pending_size = 0
+    groups = manifest.split(name)
+    for group in groups:
+        each = record_bytes(group.levels, group.encoding)
+        done = read_commits(job.cache, group.path, FEATURES) if is_cache(job.cache) else {}
+        for shard in group.shards():
+            records, shards, size = records + shard.count, shards + 1, size + shard.count * each
+            if shard.index not in done:
+                pending_records, pending_shards = pending_records + shard.count, pending_shards + 1
+                pending_size += shard.count * each
+    samples = sum(len(g.ids) for g in groups)
+    canvases = tuple(g.canvas for g in groups)
+    return SplitPlan(
+        name, samples, groups[0].views, records, pending_records, shards, pending_shards, size, pending_size, canvases
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes for this user where `path` is or will be."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _seconds_per_record(prepared: Prepared) -> float:
+    """Decoding, backbone and encoding of one batch, after a warm-up; decoding is shared by the decoding processes."""
+    group = max(prepared.wanted.groups, key=lambda g: len(g.ids) * g.views)
+    decoder = prepared.decoder
+    positions = prepared.positions[group.split]
+    requests = [Request(group.split, positions[i], 0, group.canvas) for i in group.ids[: group.batch]]
+    started = time.perf_counter()
+    decoded = [d for d in map(decoder.__getitem__, requests) if d.image is not None]
+    decoding = time.perf_counter() - started
+    if not decoded:
+        raise DataError(f"none of the first {len(requests)} samples of {group.split!r} could be decoded")
+    images = [torch.from_numpy(d.image) for d in decoded]
+    ids = tuple(group.ids[: len(decoded)])
+    computing = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        encode_batch(features_of(images, group.canvas, prepared.backbone), group, ids, LevelFacts())
+        computing = time.perf_counter() - started
+    workers = prepared.job.decoders
+    total = decoding + computing if workers == 0 else max(decoding / workers, computing)
+    return total / len(decoded)

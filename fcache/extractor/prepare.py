@@ -1,0 +1,149 @@
+"""Turning a job into what is needed to run it: datasets, backbone, view recipe and the manifest that is wanted."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SplitRecipe, subset_ids, to_json
+from fcache.cache_spec.layout import choose_shard_records, record_bytes
+from fcache.extractor.backbones import Backbone, load_backbone
+from fcache.extractor.datasets import DatasetSplit, find_dataset, open_split
+from fcache.extractor.decoding import Decoder
+from fcache.extractor.job import Job
+from fcache.extractor.views import ViewRecipe, canvas, find_view_recipe, truth_bytes_limit, with_input_size
+
+# An evaluation sample whose header cannot be read has no size; it waits, quarantined, in this image's bucket.
+UNKNOWN_SIZE = (256, 256)
+MIN_TRUTH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with its parts opened. `splits` are whole; `wanted` holds the groups of the samples that were asked for."""
+
+    job: Job
+    recipe: ViewRecipe
+    splits: Mapping[str, DatasetSplit]
+    backbone: Backbone
+    wanted: Manifest
+
+    @property
+    def decoder(self) -> Decoder:
+        """Makes the records of these splits."""
+        cuts = {name: self.recipe.cut(split.role) for name, split in self.splits.items()}
+        return Decoder(self.splits, cuts, self.job.seed)
+
+    @cached_property
+    def positions(self) -> Mapping[str, Mapping[str, int]]:
+        """For every split, the position of each sample by its id."""
+        return {name: {s.id: i for i, s in enumerate(split.samples)} for name, split in self.splits.items()}
+
+
+def find_recipe(job: Job) -> ViewRecipe:
+    """The view recipe of a job: its own or the dataset's usual one, at the job's input size."""
+    recipe = find_view_recipe(job.view_recipe or find_dataset(job.dataset).view_recipe)
+    return recipe if job.input_size is None else with_input_size(recipe, job.input_size)
+
+
+def load_job_backbone(job: Job, recipe: ViewRecipe) -> Backbone:
+    """The backbone of a job, on its device."""
+    return load_backbone(
+        job.model,
+        weights=job.weights,
+        input_size=canvas(recipe.training, UNKNOWN_SIZE),
+        precision=job.precision,
+        levels=job.levels,
+        window=job.window,
+        device=job.device,
+    )
+
+
+def prepare(job: Job) -> Prepared:
+    """Opens everything a job names. Raises SpecError or DataError before any work if something does not fit."""
+    recipe = find_recipe(job)
+    splits = {name: open_split(job.dataset, job.root, name) for name in job.splits}
+    backbone = load_job_backbone(job, recipe)
+    groups = [g for split in splits.values() for g in _groups(job, recipe, split, backbone)]
+    targets = {t.kind: t for split in splits.values() for t in split.targets}
+    for split in splits.values():
+        if {t.kind: t for t in split.targets} != targets:
+            raise DataError(f"split {split.name!r} of {job.root} has other classes or targets than {job.splits[0]!r}")
+    features = FeatureSpec(
+        backbone=backbone.spec,
+        training=SplitRecipe(to_json(recipe.training), job.encoding),
+        evaluation=SplitRecipe(to_json(recipe.evaluation), job.evaluation_encoding),
+        seed=job.seed,
+    )
+    hints = {
+        "model": job.model,
+        "weights": job.weights,
+        "dataset": job.dataset,
+        "root": str(job.root.resolve()),
+        "view_recipe": recipe.name,
+        "input_size": list(job.input_size) if job.input_size else None,
+        "window": job.window,
+        "levels": list(job.levels) if job.levels else None,
+    }
+    wanted = Manifest(features, tuple(targets.values()), tuple(groups), backbone.random_weights, hints)
+    return Prepared(job, recipe, splits, backbone, wanted)
+
+
+def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbone) -> list[Group]:
+    samples = split.samples
+    if job.subset is not None:
+        kept = set(subset_ids([s.id for s in samples], job.subset))
+        samples = tuple(s for s in samples if s.id in kept)
+    samples = samples[: job.limit]
+    training = split.role == "training"
+    cut = recipe.cut(split.role)
+    # A training canvas is the recipe's; only evaluation needs the size of every image.
+    sizes = [UNKNOWN_SIZE] * len(samples) if training else _image_sizes(split, samples)
+    members: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(sizes):
+        members.setdefault(canvas(cut, size, multiple=backbone.size_multiple), []).append(i)
+    groups = []
+    for size, indices in sorted(members.items()):
+        levels = backbone.levels_at(size)
+        encoding = job.encoding if training else job.evaluation_encoding
+        records = job.shard_records or choose_shard_records(len(indices), record_bytes(levels, encoding))
+        batch = job.batch_size or (16 if job.device.startswith("cuda") else 4)
+        groups.append(
+            Group(
+                path=split.name if training else f"{split.name}/{size[0]}x{size[1]}",
+                split=split.name,
+                role=split.role,
+                canvas=size,
+                levels=levels,
+                encoding=encoding,
+                shard_records=records,
+                batch=min(batch, records),
+                ids=tuple(samples[i].id for i in indices),
+                digests=tuple(samples[i].digest for i in indices),
+                views=(job.views or recipe.views) if training else 1,
+                extents=(),
+                compression=job.compression,
+                limits=_limits(split, [sizes[i] for i in indices]),
+            )
+        )
+    return groups
+
+
+def _image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[int, int]]:
+    def size(sample: Any) -> tuple[int, int]:
+        try:
+            return split.image_size(split.root, sample)
+        except DataError:
+            return UNKNOWN_SIZE
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(size, samples))
+
+
+def _limits(split: DatasetSplit, sizes: list[tuple[int, int]]) -> dict[str, int]:
+    """Maxima of ragged targets. Padding costs almost nothing on disk, so room is left for samples that come later."""
+    if split.role == "evaluation" and any(t.kind == "semantic" for t in split.targets):
+        largest = max(truth_bytes_limit(size) for size in sizes)
+        return {"semantic_truth_bytes": max(MIN_TRUTH_BYTES, 1 << (2 * largest - 1).bit_length())}
+    return {}

@@ -1,0 +1,89 @@
+"""Continuing on another machine or with other library versions: first show that it computes the same numbers."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fcache.cache_spec import (
+    CacheWriter,
+    IncompatibleError,
+    canonical_json,
+    find_encoding,
+    first_difference,
+    open_cache,
+    to_json,
+)
+from fcache.cache_spec.commits import Commit, read_commits
+from fcache.cache_spec.layout import FEATURES
+from fcache.extractor.backbones import fingerprint
+from fcache.extractor.decoding import Request
+from fcache.extractor.forward import features_of
+from fcache.extractor.prepare import Prepared
+from fcache.extractor.work import Task
+
+
+def backbone_fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """What this process computes with."""
+    return fingerprint(prepared.backbone.device, precision=prepared.job.precision)
+
+
+def recheck(writer: CacheWriter, prepared: Prepared, tasks: list[Task]) -> None:
+    """If features are to be added under another fingerprint, recomputes one committed shard and compares.
+
+    Raises IncompatibleError naming the field of the fingerprint that differs, if a feature lies outside the
+    encoding's tolerance.
+    """
+    if not any(FEATURES in t.parts for t in tasks):
+        return
+    now = backbone_fingerprint(prepared)
+    other = _other_commit(writer, prepared, now)
+    if other is None:
+        return
+    name, current, before = first_difference(now, other.fingerprint) or ("", None, None)
+    if worst := _outside(writer, prepared, other):
+        raise IncompatibleError(
+            f"this process computes other numbers than the one that made shard {other.shard} of {other.group!r}: "
+            f"{worst}; {name} is {current!r}, it was {before!r}; continue on the same kind of machine with the same "
+            "versions, or use another --cache"
+        )
+
+
+def _other_commit(writer: CacheWriter, prepared: Prepared, now: dict[str, Any]) -> Commit | None:
+    """A committed shard of these splits that has records and another fingerprint."""
+    key = canonical_json(to_json(now))
+    for group in writer.manifest.groups:
+        if group.split in prepared.splits:
+            for commit in read_commits(writer.root, group.path, FEATURES).values():
+                if canonical_json(commit.fingerprint) != key and len(commit.quarantined) < commit.count:
+                    return commit
+    return None
+
+
+def _outside(writer: CacheWriter, prepared: Prepared, commit: Commit) -> str:
+    """Where recomputed features leave the tolerance, "" if nowhere."""
+    group = writer.manifest.group(commit.group)
+    encoding = find_encoding(group.encoding)
+    reader, decoder = open_cache(writer.root, allow_partial=True), prepared.decoder
+    for start in range(0, commit.count, group.batch):
+        positions = range(start, min(start + group.batch, commit.count))
+        requests = [
+            Request(group.split, prepared.positions[group.split][commit.ids[p]], commit.view, group.canvas)
+            for p in positions
+            if commit.ids[p] not in commit.quarantined
+        ]
+        records = [commit.first + p for p in positions if commit.ids[p] not in commit.quarantined]
+        if not records:
+            continue
+        images = [torch.from_numpy(decoder[r].image) for r in requests]
+        features = features_of(images, group.canvas, prepared.backbone)
+        for level in group.levels:
+            found = features[level.name].cpu().numpy()
+            stored = {
+                p.suffix: np.stack([reader.read(group.path, level.name + p.suffix, r) for r in records])
+                for p in encoding.parts(level)
+            }
+            error = np.abs(encoding.decode(stored, level, {}, np) - found) - encoding.error(found, level, np)
+            if float(error.max()) > 0:
+                return f"level {level.name!r} differs by {float(error.max()):g} more than {encoding.name} allows"
+    return ""

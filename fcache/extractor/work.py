@@ -1,0 +1,67 @@
+"""The list of work: which shards and parts of a cache are still to do, and claiming them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcache.cache_spec import CacheWriter, DataError, Shard
+from fcache.cache_spec.commits import commit_path
+from fcache.extractor.decoding import Request
+from fcache.extractor.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard and those of its parts that have no commit; `requests` has one entry a record."""
+
+    shard: Shard
+    parts: tuple[str, ...]
+    requests: tuple[Request, ...]
+
+
+def tasks_of(writer: CacheWriter, prepared: Prepared) -> list[Task]:
+    """What is to do for a job, in order. Raises DataError if the cache holds samples that the data no longer has."""
+    pending: dict[tuple[str, int], list[str]] = {}
+    shards: dict[tuple[str, int], Shard] = {}
+    for part in writer.manifest.parts():
+        for shard in writer.pending(part):
+            pending.setdefault((shard.group, shard.index), []).append(part)
+            shards[shard.group, shard.index] = shard
+    order = {
+        (g.path, s.index): i for i, (g, s) in enumerate((g, s) for g in writer.manifest.groups for s in g.shards())
+    }
+    tasks = []
+    for key in sorted(pending, key=order.__getitem__):
+        group = writer.manifest.group(key[0])
+        part = prepared.job.part
+        if group.split in prepared.splits and (part is None or order[key] % part[1] == part[0]):
+            tasks.append(Task(shards[key], tuple(pending[key]), _requests(writer, prepared, shards[key])))
+    return tasks
+
+
+def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Request, ...]:
+    group = writer.manifest.group(shard.group)
+    positions = prepared.positions[group.split]
+    ids = writer.samples(shard)
+    if lost := [i for i in ids if i not in positions]:
+        raise DataError(
+            f"{len(lost)} samples of the cache are not in {prepared.job.root} (first: {lost[0]!r}); "
+            "restore the data, or extract into another --cache"
+        )
+    return tuple(Request(group.split, positions[i], shard.view, group.canvas) for i in ids)
+
+
+def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
+    """The tasks that this process could claim, claimed one at a time as they are asked for."""
+    for task in tasks:
+        if not writer.claims.acquire(task.shard.group, task.shard.index):
+            continue
+        # Another process may have finished it between the listing and the claim.
+        if all(_committed(writer.root, task.shard, part) for part in task.parts):
+            writer.claims.release(task.shard.group, task.shard.index)
+            continue
+        yield task
+
+
+def _committed(root: Path, shard: Shard, part: str) -> bool:
+    return (root / commit_path(shard.group, part, shard.index)).is_file()
