@@ -56,23 +56,24 @@ class Decoder:
         for attempt in range(ATTEMPTS):
             try:
                 raw = split.load(split.root, sample)
-                break
+                viewed = cut_view(
+                    self.cuts[request.split],
+                    seed=self.seed,
+                    sample_id=sample.id,
+                    view=request.view,
+                    raw=raw,
+                    canvas=request.canvas,
+                    role=split.role,
+                )
             except DataError as e:
                 return Decoded(request, failure=str(e))
             except OSError as e:
                 if attempt == ATTEMPTS - 1:
                     return Decoded(request, failure=f"{sample.path}: {e}", unreadable=True)
                 time.sleep(0.2 * 4**attempt)
-        viewed = cut_view(
-            self.cuts[request.split],
-            seed=self.seed,
-            sample_id=sample.id,
-            view=request.view,
-            raw=raw,
-            canvas=request.canvas,
-            role=split.role,
-        )
-        return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
+            else:
+                return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
+        raise AssertionError("the last attempt returns")
 
 
 def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from torchvision.io import ImageReadMode, decode_png
 
 from fcache.cache_spec.errors import DataError
 
@@ -37,7 +36,7 @@ def load_image(path: Path, *, apply_orientation: bool) -> np.ndarray:
     data = _read(path)
     try:
         image = _open(io.BytesIO(data), path)
-        pixels = _rgb16(data) if _is_png_rgb16(data) else _rgb(image, path)
+        pixels = _rgb16(data, path) if _is_png_rgb16(data) else _rgb(image, path)
         return np.ascontiguousarray(_turned(pixels, _orientation(image)) if apply_orientation else pixels)
     except (DataError, MemoryError):
         raise
@@ -148,17 +147,29 @@ def _is_png_rgb16(data: bytes) -> bool:
     return data[:8] == _PNG and data[24] == 16 and data[25] in (2, 4, 6)
 
 
-def _rgb16(data: bytes) -> np.ndarray:
-    samples = (
-        decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-        .numpy()
-        .transpose(1, 2, 0)
-    )
+def _rgb16(data: bytes, path: Path) -> np.ndarray:
+    """Pixels of a PNG with 16-bit grey+alpha, RGB or RGBA samples."""
+    if data[25] == 4:
+        # Read as RGBA, the four bytes of a pixel are grey high, grey low, alpha high, alpha low.
+        pairs = _unpacked(data, path, "RGBA").astype(np.int64)
+        samples = pairs[:, :, [0, 0, 0, 2]] * 256 + pairs[:, :, [1, 1, 1, 3]]
+    else:
+        # Pillow keeps one byte of two: the high one if it takes them for big-endian, the low one for little-endian.
+        mode = "RGB" if data[25] == 2 else "RGBA"
+        high, low = (_unpacked(data, path, f"{mode};16{order}").astype(np.int64) for order in "BL")
+        samples = high * 256 + low
+        if clear := _open(io.BytesIO(data), path).info.get("transparency"):
+            samples[(samples == clear).all(axis=-1)] = 0
     pixels = _to_8_bits(samples)
-    if pixels.shape[2] in (1, 3):
-        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-    colour = np.repeat(pixels[:, :, :1], 3, axis=2) if pixels.shape[2] == 2 else pixels[:, :, :3]
-    return _on_black(np.concatenate([colour, pixels[:, :, -1:]], axis=2))
+    return pixels if pixels.shape[2] == 3 else _on_black(pixels)
+
+
+def _unpacked(data: bytes, path: Path, layout: str) -> np.ndarray:
+    """The pixels of a PNG whose bytes Pillow takes for another `layout` of the same width."""
+    image = _open(io.BytesIO(data), path)
+    assert isinstance(image, PngImageFile)
+    image.tile = [tile._replace(args=layout) for tile in image.tile]
+    return np.array(image)
 
 
 def _orientation(image: Image.Image) -> int:

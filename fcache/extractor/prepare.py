@@ -136,6 +136,8 @@ def _image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[in
             return split.image_size(split.root, sample)
         except DataError:
             return UNKNOWN_SIZE
+        except OSError as e:
+            raise DataError(f"{sample.path}: {e}; check the disk and permissions of {split.root}") from e
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(size, samples))

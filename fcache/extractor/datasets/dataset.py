@@ -1,0 +1,88 @@
+"""What a dataset is: samples as values, and functions that load them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fcache.cache_spec.errors import DataError
+from fcache.cache_spec.spec import TargetSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of a split.
+
+    `id` is opaque and unique in its split; `path` is the image's, relative to the data root, with forward slashes;
+    `annotation` is JSON data that the dataset's own loader understands; `digest` (16 hex digits) stands for id,
+    paths and file sizes.
+    """
+
+    id: str
+    path: str
+    annotation: Any
+    digest: str
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A decoded sample: uint8 RGB `image` [H, W, 3] and targets by kind, at the image's size.
+
+    "semantic" is uint8 [H, W] of class indices, 255 where nothing counts; "class" is an int.
+    """
+
+    image: np.ndarray
+    targets: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """An opened split: its samples in the order of their ids, and how to load one. Picklable.
+
+    `role` is "training" or "evaluation". `load(root, sample)` decodes one sample; it raises OSError where a read failed
+    and may be tried again, DataError where the sample itself is bad. `image_size(root, sample)` is the
+    (height, width) that `load` would give, read from headers only; same errors.
+    """
+
+    dataset: str
+    name: str
+    role: str
+    root: Path
+    samples: tuple[Sample, ...]
+    targets: tuple[TargetSpec, ...]
+    load: Callable[[Path, Sample], RawSample]
+    image_size: Callable[[Path, Sample], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset plug-in: its splits as name -> role, the name of its usual view recipe, and how to open a split."""
+
+    name: str
+    splits: Mapping[str, str]
+    view_recipe: str
+    open_split: Callable[[Path, str], DatasetSplit]
+
+
+def sample_digest(sample_id: str, files: Sequence[tuple[str, int]]) -> str:
+    """16 hex digits of SHA-256 over a sample's id and its files as (relative path, bytes)."""
+    text = json.dumps([sample_id, *map(list, files)], separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def check_folder(path: Path, *, role: str) -> Path:
+    """`path` if it is a folder; `role` says what it is for. Raises DataError otherwise."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise DataError(f"{path}: expected a folder ({role}), found {found}; check the data root")
+    return path
+
+
+def some(names: Sequence[str], *, most: int = 3) -> str:
+    """The first few names and how many there are, for messages."""
+    names = sorted(names)
+    return f"{', '.join(names[:most])}{', …' if len(names) > most else ''} ({len(names)} in all)"

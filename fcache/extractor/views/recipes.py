@@ -1,0 +1,142 @@
+"""View recipes: how the samples of a dataset become views, as data.
+
+A recipe's two cuts go into a cache's identity as they are (`cache_spec.to_json`). Every view is one decoded sample, so
+what mixes samples (mixup, cutmix) is not part of any recipe: it belongs to the trainer, or nowhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fcache.cache_spec.errors import SpecError, unknown_name
+from fcache.cache_spec.identity import from_json
+from fcache.extractor.datasets import find_dataset
+from fcache.extractor.views.frames import (
+    PLACEMENTS,
+    CentreCrop,
+    Fit,
+    KeepRatio,
+    Placement,
+    ResizedCrop,
+    ScaleCrop,
+    check_placement,
+    frame_canvas,
+    resized_placement,
+)
+from fcache.extractor.views.looks import LOOKS, ColourJitter, Erasing, Look, PhotometricDistortion, RandAugment
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one view is cut: where it lies and the changes of its pixels, in order.
+
+    `revision` grows when equal parameters give other pixels. Raises SpecError for numbers without sense.
+    """
+
+    place: Placement
+    looks: tuple[Look, ...] = ()
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        check_placement(self.place)
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """The cuts of training and evaluation splits, and the usual number of training views."""
+
+    name: str
+    training: Cut
+    evaluation: Cut
+    views: int
+
+    def cut(self, role: str) -> Cut:
+        """The cut of a role ("training" or "evaluation")."""
+        return self.training if role == "training" else self.evaluation
+
+
+def _segmentation(name: str, side: int, views: int) -> ViewRecipe:
+    """Segmentation on ADE20K as in the frozen paper, Table 12 (there `side` is 512)."""
+    place = ScaleCrop(size=(side, side), long=4 * side, short=side, scale=(0.5, 2.0), flip=0.5)
+    return ViewRecipe(
+        name, Cut(place, (PhotometricDistortion(),)), Cut(KeepRatio(long=4 * side, short=side)), views=views
+    )
+
+
+_RANDOM_BOX = ResizedCrop(size=(224, 224), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+_CENTRE = CentreCrop(size=(224, 224), short=256)
+_WHOLE = Fit(size=(512, 512))
+
+_RECIPES: Mapping[str, ViewRecipe] = {
+    r.name: r
+    for r in (
+        # "Could Giant Pretrained Image Models Extract Universal Representations?", Table 12.
+        _segmentation("ade20k", 512, views=4),
+        # The same at a quarter of the pixels, for machines without an accelerator.
+        _segmentation("ade20k-small", 256, views=4),
+        ViewRecipe("imagenet", Cut(_RANDOM_BOX), Cut(_CENTRE), views=4),
+        # "Revealing the Dark Secrets of Masked Image Modeling", Table 7, less mixup 0.8 and cutmix 1.0.
+        ViewRecipe(
+            "mim-classification",
+            Cut(_RANDOM_BOX, (RandAugment(), ColourJitter(0.4), Erasing(0.25))),
+            Cut(_CENTRE),
+            views=8,
+        ),
+        ViewRecipe("plain", Cut(_WHOLE), Cut(_WHOLE), views=1),
+    )
+}
+
+
+def view_recipe_names() -> tuple[str, ...]:
+    """The names of all view recipes."""
+    return tuple(_RECIPES)
+
+
+def find_view_recipe(name: str) -> ViewRecipe:
+    """The view recipe of that name. Raises SpecError with the nearest names if there is none."""
+    if name not in _RECIPES:
+        raise unknown_name("view recipe", name, _RECIPES)
+    return _RECIPES[name]
+
+
+def default_recipe(dataset: str) -> ViewRecipe:
+    """The usual view recipe of a dataset. Raises SpecError for an unknown dataset."""
+    return find_view_recipe(find_dataset(dataset).view_recipe)
+
+
+def with_input_size(recipe: ViewRecipe, size: Size) -> ViewRecipe:
+    """The recipe for another input (height, width): crops take it, and the sides to which images are resized keep
+    their proportion to it. Raises SpecError for a size that is not positive.
+    """
+    return replace(
+        recipe,
+        training=replace(recipe.training, place=resized_placement(recipe.training.place, size)),
+        evaluation=replace(recipe.evaluation, place=resized_placement(recipe.evaluation.place, size)),
+    )
+
+
+def canvas(cut: Cut, image_size: Size, *, multiple: int = 32) -> Size:
+    """The padded (height, width) of a record: fixed by the cut, except that a keep-ratio view of an image of
+    `image_size` has its own, rounded up to `multiple`.
+    """
+    return frame_canvas(cut.place, image_size, multiple=multiple)
+
+
+def cut_from_json(data: Mapping[str, Any]) -> Cut:
+    """The cut that `to_json` gave. Raises SpecError for unknown kinds and fields."""
+    if set(data) != {"place", "looks", "revision"}:
+        raise SpecError(f"a cut has the fields place, looks and revision, found {sorted(data)}")
+    return Cut(
+        place=_part(data["place"], "placement", PLACEMENTS),
+        looks=tuple(_part(look, "look", LOOKS) for look in data["looks"]),
+        revision=data["revision"],
+    )
+
+
+def _part(data: Mapping[str, Any], what: str, kinds: Mapping[str, type]) -> Any:
+    kind = data.get("kind", "")
+    if kind not in kinds:
+        raise unknown_name(what, kind, kinds)
+    return from_json(kinds[kind], data)

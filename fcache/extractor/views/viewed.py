@@ -1,0 +1,150 @@
+"""Cutting a view: one decoded sample and (seed, sample id, view) give pixels, geometry and targets, always the same."""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fcache.cache_spec.errors import DataError, unknown_name
+from fcache.cache_spec.targets import IGNORE
+from fcache.cache_spec.view import View, invert_affine, transform_points
+from fcache.extractor.datasets import RawSample
+from fcache.extractor.views.draws import Step, uniforms
+from fcache.extractor.views.frames import Frame, draw_frame
+from fcache.extractor.views.looks import draw_steps
+from fcache.extractor.views.recipes import Cut, Size
+from fcache.extractor.views.steps import apply_steps, show, steps_matrix
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All that chance decided about one view; `apply_view` replays it. Plain data: `cache_spec.to_json` takes it."""
+
+    frame: Frame
+    steps: tuple[Step, ...]
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The map from image points to view points, float64 [2, 3]."""
+        moved = steps_matrix(self.steps)
+        return self.frame.matrix if moved is None else moved @ np.vstack([self.frame.matrix, [0.0, 0.0, 1.0]])
+
+
+@dataclass(frozen=True)
+class ViewedSample:
+    """One view of one sample.
+
+    `image` is uint8 RGB [3, *view.valid]: the padding to `view.canvas`, bottom and right, is done after normalisation.
+    `targets` maps array paths of `cache_spec.targets` to the arrays of one record.
+    """
+
+    image: Tensor
+    view: View
+    targets: Mapping[str, np.ndarray]
+    drawn: Drawn
+
+
+def draw_view(cut: Cut, *, seed: int, sample_id: str, view: int, image_size: Size) -> Drawn:
+    """The random choices of a view of an image of (height, width): a pure function of its arguments."""
+
+    def numbers(topic: str) -> np.ndarray:
+        return uniforms(seed=seed, sample_id=sample_id, view=view, topic=topic)
+
+    frame = draw_frame(cut.place, image_size, numbers("place"))
+    steps = tuple(step for look in cut.looks for step in draw_steps(look, frame.valid, numbers(look.kind)))
+    return Drawn(frame, steps)
+
+
+def apply_view(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> ViewedSample:
+    """The view that `drawn` describes; targets of evaluation splits also hold the ground truth at original size.
+
+    Raises SpecError for a kind of target that cannot be cut, DataError if the view exceeds the canvas.
+    """
+    size = (raw.image.shape[0], raw.image.shape[1])
+    if drawn.frame.valid[0] > canvas[0] or drawn.frame.valid[1] > canvas[1]:
+        # Canvases are planned from headers: the file is another one by now.
+        raise DataError(
+            f"an image of {size[1]}x{size[0]} pixels gives a view of {drawn.frame.valid[1]}x{drawn.frame.valid[0]}, "
+            f"planned were at most {canvas[1]}x{canvas[0]}; the file changed after planning, plan again"
+        )
+    image = apply_steps(show(raw.image, drawn.frame), drawn.steps)
+    to_view = tuple(drawn.matrix.ravel().tolist())
+    view = View(to_view=to_view, canvas=canvas, valid=drawn.frame.valid, image_size=size)
+    targets: dict[str, np.ndarray] = {}
+    for kind, value in raw.targets.items():
+        if kind not in _TARGETS:
+            raise unknown_name("target kind of a view", kind, _TARGETS)
+        targets |= _TARGETS[kind](value, drawn, canvas, role)
+    return ViewedSample(image, view, targets, drawn)
+
+
+def cut_view(
+    cut: Cut, *, seed: int, sample_id: str, view: int, raw: RawSample, canvas: Size, role: str
+) -> ViewedSample:
+    """View number `view` of a sample: `draw_view`, then `apply_view`. A pure function of (seed, sample_id, view)."""
+    size = (raw.image.shape[0], raw.image.shape[1])
+    drawn = draw_view(cut, seed=seed, sample_id=sample_id, view=view, image_size=size)
+    return apply_view(drawn, raw=raw, canvas=canvas, role=role)
+
+
+def truth_bytes_limit(image_size: Size) -> int:
+    """The most bytes that "semantic/truth" of an image of (height, width) can take: deflate's bound and PNG's frame."""
+    raw = image_size[0] * (image_size[1] + 1)
+    return raw + raw // 1000 + 12 * (raw // 16384 + 2) + 1024
+
+
+def _semantic(labels: np.ndarray, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.ndarray]:
+    padded = np.full(canvas, IGNORE, dtype=np.uint8)
+    padded[: drawn.frame.valid[0], : drawn.frame.valid[1]] = _nearest(labels, drawn, fill=IGNORE)
+    return {"semantic/map": padded} | ({"semantic/truth": _png(labels)} if role == "evaluation" else {})
+
+
+def _class(label: int, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.ndarray]:
+    return {"class/label": np.array(label, dtype=np.int32)}
+
+
+_TARGETS: Mapping[str, Callable[[Any, Drawn, Size, str], dict[str, np.ndarray]]] = {
+    "semantic": _semantic,
+    "class": _class,
+}
+
+
+def _nearest(labels: np.ndarray, drawn: Drawn, *, fill: int) -> np.ndarray:
+    """`labels` [H, W] at the image point of every pixel centre of the view, [*valid]; `fill` where there is none."""
+    frame = drawn.frame
+    warps = [np.reshape(step.values, (2, 3)) for step in drawn.steps if step.name == "warp"]
+    if not warps:
+        shown = labels[np.ix_(_indices(frame, 0), _indices(frame, 1))]
+        return shown[:, ::-1] if frame.flipped else shown
+    y, x = np.mgrid[: frame.valid[0], : frame.valid[1]] + 0.5
+    points = np.stack([x, y], axis=-1)
+    inside = np.ones(frame.valid, dtype=bool)
+    for warp in reversed(warps):
+        # What one warp moves out of the picture is gone, even if the next one moves back.
+        points = transform_points(invert_affine(warp), points)
+        inside &= ((points >= 0) & (points < frame.valid[::-1])).all(axis=-1)
+    points = transform_points(invert_affine(frame.matrix), points)
+    column, row = np.floor(points + _TIE).astype(np.int64).transpose(2, 0, 1)
+    return np.where(inside, labels[row.clip(0, labels.shape[0] - 1), column.clip(0, labels.shape[1] - 1)], fill)
+
+
+# A centre that falls on the border of two pixels must not depend on the last bit of a division.
+_TIE = 1e-7
+
+
+def _indices(frame: Frame, axis: int) -> np.ndarray:
+    """The image row (axis 0) or column (axis 1) nearest to each one of the frame, not mirrored."""
+    start, length = frame.source[axis], frame.source[axis + 2]
+    first, count = frame.window[axis], frame.window[axis + 2]
+    centres = (np.arange(first, first + count) + 0.5) * (length / frame.resized[axis])
+    return start + np.floor(centres + _TIE).astype(np.int64).clip(0, length - 1)
+
+
+def _png(labels: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, format="PNG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)

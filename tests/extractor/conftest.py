@@ -1,0 +1,44 @@
+"""A small synthetic data set and jobs on it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fcache.extractor import Job
+from fcache.extractor.scenes import write_scenes
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 training and 4 validation scenes of 64x80 pixels; nothing may be written there."""
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    write_scenes(root, train=10, val=4, size=(64, 80))
+    return root
+
+
+@pytest.fixture
+def make_job(scenes: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A job on the scenes: a small random backbone in fp32, 64-pixel crops, two views, shards of three."""
+    job = Job(
+        model="mobilenetv2_050", dataset="ade20k", root=scenes, cache=tmp_path / "cache", weights="random:0", views=2,
+        view_recipe="ade20k-small", input_size=(64, 64), precision="fp32", shard_records=3, batch_size=2, workers=0,
+    )  # fmt: skip
+    return lambda **changes: replace(job, **changes)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a cache by name; of commits everything but times and hosts, and the digest over these."""
+    found = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix()
+        data = path.read_bytes()
+        if name.startswith("commits/"):
+            commit: dict[str, Any] = json.loads(data)
+            del commit["run"], commit["digest"]
+            data = json.dumps(commit, sort_keys=True).encode()
+        found[name] = data
+    return found
