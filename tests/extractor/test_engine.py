@@ -51,7 +51,8 @@ def test_an_extraction_commits_every_record_and_verifies(make_job: MakeJob) -> N
     result = extract(job, report=quiet)
     checked = verify(job.cache, deep=True)
     assert (result.records, result.pending, result.quarantined) == (24, 0, {})
-    assert checked.faults == () and checked.committed == checked.parts
+    assert checked.faults == ()
+    assert checked.committed == checked.parts
     assert {p.name for p in job.cache.iterdir()} == {"zarr.json", "manifest", "commits", "train", "val"}
 
 
@@ -110,7 +111,8 @@ def test_a_stopped_extraction_continues_to_the_same_bytes(make_job: MakeJob, tmp
             extract(job, report=quiet, should_stop=lambda calls=calls, allowed=allowed: next(calls) >= allowed)
         with pytest.raises(IncompleteError, match="not committed"):
             open_cache(job.cache).records("train")
-        assert not list(job.cache.glob("partial/*")) and not list(job.cache.glob("claims/*/*"))
+        assert not list(job.cache.glob("partial/*"))
+        assert not list(job.cache.glob("claims/*/*"))
         extract(job, report=quiet)
         assert contents(job.cache) == contents(whole.cache)
 
@@ -121,7 +123,8 @@ def test_a_sample_that_cannot_be_decoded_is_left_out_with_its_reason(make_job: M
     bad.write_bytes(bad.read_bytes()[:700])
     events: list[Event] = []
     result = extract(job, report=events.append)
-    assert list(result.quarantined) == [bad.stem] and bad.name in result.quarantined[bad.stem]
+    assert list(result.quarantined) == [bad.stem]
+    assert bad.name in result.quarantined[bad.stem]
     assert sum(isinstance(e, SampleQuarantined) for e in events) == 2
     reader = open_cache(job.cache)
     assert reader.quarantined("train").keys() == {bad.stem}
@@ -250,7 +253,8 @@ def test_a_killed_process_leaves_a_cache_that_continues(make_job: MakeJob, tmp_p
     process = subprocess.Popen(command(job, slow=0.05), stdout=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while len(list(job.cache.glob("commits/train/*.json"))) < 2:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -300,7 +304,9 @@ def test_another_fingerprint_is_accepted_only_if_it_computes_equal_numbers(
 def test_a_plan_counts_what_is_pending_and_writes_nothing(make_job: MakeJob) -> None:
     job = make_job()
     found = plan(job)
-    assert (found.records, found.pending_records) == (24, 24) and found.seconds is not None and found.seconds > 0
+    assert (found.records, found.pending_records) == (24, 24)
+    assert found.seconds is not None
+    assert found.seconds > 0
     assert not job.cache.exists()
     extract(job, report=quiet)
     stored = sum(p.stat().st_size for p in job.cache.glob("**/level-*/c.*"))
@@ -315,7 +321,8 @@ def test_events_tell_the_progress(make_job: MakeJob) -> None:
     events: list[Event] = []
     extract(make_job(), report=events.append)
     counts = [e.records for e in events if isinstance(e, RecordsDone)]
-    assert counts == sorted(counts) and counts[-1] == 24
+    assert counts == sorted(counts)
+    assert counts[-1] == 24
     assert sum(isinstance(e, ShardCommitted) for e in events) == verify(make_job().cache).parts
 
 

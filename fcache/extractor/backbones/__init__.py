@@ -1,0 +1,6 @@
+"""Backbones: one adaptor for every timm model with intermediate features."""
+
+from fcache.extractor.backbones.architecture import SHORT_NAMES as SHORT_NAMES
+from fcache.extractor.backbones.backbone import Backbone as Backbone
+from fcache.extractor.backbones.backbone import load_backbone as load_backbone
+from fcache.extractor.backbones.fingerprint import fingerprint as fingerprint

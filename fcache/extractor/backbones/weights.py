@@ -1,0 +1,215 @@
+"""Weights of a backbone: from a file, from timm's hub or drawn at random, always loaded strictly and digested."""
+
+import argparse
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from fcache.cache_spec import DataError, SpecError
+from fcache.extractor.backbones.architecture import Architecture, build
+from fcache.extractor.backbones.checkpoints import convert, drop_unused, unwrap
+
+State = Mapping[str, Tensor]
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# A counter of training steps: no feature depends on it and some files lack it.
+_COUNTER = "num_batches_tracked"
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters and persistent buffers of an architecture at its native size, on the CPU, floats as float32.
+
+    `sha256` digests names, types, shapes and bytes in the order of the names; `random` is the text "random:SEED" of
+    weights that were never trained, else None.
+    """
+
+    state: State
+    sha256: str
+    random: str | None
+
+
+def load_weights(architecture: Architecture, source: str) -> Weights:
+    """The weights that `source` names: a file, "pretrained" (timm's hub) or "random:SEED".
+
+    Raises SpecError for a `source` of no such form, DataError if the file or the hub cannot be read or if the
+    weights do not fit the architecture exactly.
+    """
+    if source.startswith("random:"):
+        seed = source.removeprefix("random:")
+        if not seed.isdecimal():
+            raise SpecError(f"random weights are named by a seed from 0, as random:0, got {source!r}")
+        state = _complete(_draw(architecture, int(seed)))
+        return Weights(state, weights_digest(state), f"random:{int(seed)}")
+    with torch.device("meta"):
+        model = build(architecture, None)
+    if source == "pretrained":
+        state = _fit(_download(architecture), model, architecture, f"the public weights of {architecture.name}")
+    else:
+        state = _fit(read_checkpoint(Path(source)), model, architecture, source)
+    return Weights(state, weights_digest(state), None)
+
+
+def weights_digest(state: State) -> str:
+    """SHA-256 (hex) over name, type, shape and bytes of every tensor (on the CPU), in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        array = state[name].detach().contiguous().numpy()
+        sha.update(f"{name} {array.dtype.str} {list(array.shape)}\n".encode())
+        sha.update(array.reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def adapt(state: State, model: nn.Module, architecture: Architecture) -> State:
+    """`state` for `model`, the architecture at another input size: tables of relative positions are resampled.
+
+    Raises SpecError if a tensor depends on the input size in a way that timm cannot resample.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Equal shapes do not suffice for windows: tables of 7x9 and of 9x7 have the same.
+    if not architecture.windowed and all(shapes.get(n) == tuple(t.shape) for n, t in state.items()):
+        return state
+    try:
+        adapted = convert(state, model)
+    except Exception as error:  # timm's converters fail in as many ways as there are families
+        raise SpecError(f"the weights of {architecture.name} do not resample to this input size: {error}") from error
+    wrong = [name for name, shape in shapes.items() if name not in adapted or tuple(adapted[name].shape) != shape]
+    if wrong:
+        raise SpecError(
+            f"{wrong[0]} of {architecture.name} depends on the input size and cannot be resampled;"
+            f" use {architecture.native_size[0]}x{architecture.native_size[1]}"
+        )
+    return {name: adapted[name] for name in shapes}
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What a weights file holds: named tensors, or nested mappings of them.
+
+    Raises SpecError for a name of another kind of file, DataError if there is no such file or it cannot be read.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise SpecError(
+            f"weights are a file ({', '.join(_SUFFIXES)}), 'pretrained' or 'random:SEED'; got {str(path)!r}"
+        )
+    if not path.is_file():
+        raise DataError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # Official checkpoints keep their command line beside the weights; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} holds more than tensors and is not loaded, since that could run foreign code ({error}); save its"
+            " state dict alone, best as .safetensors"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as weights: {error}; fetch the file again") from error
+
+
+def _fit(checkpoint: Mapping[str, Any], model: nn.Module, architecture: Architecture, where: str) -> State:
+    """The tensors of `checkpoint` under the names of `model`, all of them and no others. Raises DataError if not."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    flat = unwrap(checkpoint, expected)
+    if flat is None:
+        raise DataError(f"{where} holds no named tensors; it has the keys {list(checkpoint)[:8]}")
+    cause: Exception | None = None
+    try:
+        found = convert(flat, model)
+    except Exception as error:  # timm's converters fail in as many ways as there are families
+        found, cause = flat, error
+    found = drop_unused(found, expected, architecture.unused)
+    missing = [n for n in expected if n not in found and not n.endswith(_COUNTER)]
+    unexpected = [n for n in found if n not in expected]
+    sizes = {tensor.numel() for tensor in flat.values() if isinstance(tensor, Tensor)}
+    misshaped = [n for n in expected if n in found and not _fits(n, found[n], expected[n], sizes)]
+    if missing or unexpected or misshaped:
+        faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        raise DataError(
+            f"{where} does not hold weights of {architecture.name}: {', '.join(_listed(*f) for f in faults)}."
+            f" It looks like {_described(flat)}{f' ({cause!r})' if cause else ''}."
+            " Give the weights of this architecture, or name the model that they belong to"
+        ) from cause
+    return _complete({n: found[n] for n in expected if n in found} | dict(_counters(model)))
+
+
+def _fits(name: str, found: Any, expected: tuple[int, ...], source_sizes: set[int]) -> bool:
+    if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+        return False
+    # timm's converters also resample patch kernels, which would let weights of another patch size pass.
+    return "pos" in name or found.ndim != 4 or found.numel() in source_sizes
+
+
+def _counters(model: nn.Module) -> State:
+    return {
+        n: torch.zeros(t.shape, dtype=t.dtype, device="cpu")
+        for n, t in model.state_dict().items()
+        if n.endswith(_COUNTER)
+    }
+
+
+def _complete(state: State) -> State:
+    """Owned copies: aligned memory whatever the file, and no map of a file that may change."""
+    return {
+        name: tensor.detach()
+        .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        .contiguous()
+        for name, tensor in sorted(state.items())
+    }
+
+
+def _listed(what: str, names: list[str]) -> str:
+    shown = f" ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})" if names else ""
+    return f"{len(names)} keys {what}{shown}"
+
+
+def _described(flat: Mapping[str, Any]) -> str:
+    first = [f"{n} {tuple(getattr(t, 'shape', ()))}" for n, t in list(flat.items())[:_SHOWN]]
+    return f"{len(flat)} tensors, the first are {', '.join(first)}"
+
+
+def _download(architecture: Architecture) -> State:
+    if not timm.models.is_model_pretrained(architecture.name):
+        raise SpecError(f"timm knows no public weights of {architecture.name}; give a file, or random:0 for a trial")
+    try:
+        return timm.create_model(architecture.name, pretrained=True).state_dict()
+    except Exception as error:  # the hub client, the network and the disk each fail in their own way
+        raise DataError(
+            f"the public weights of {architecture.name} could not be fetched from the hub "
+            f"({type(error).__name__}: {error}); fetch them elsewhere and give the file"
+        ) from error
+
+
+def _draw(architecture: Architecture, seed: int) -> State:
+    """Random weights of an architecture whose blocks all do something, a pure function of the seed on one torch."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.manual_seed(seed)
+        model = build(architecture, None)
+        for name, parameter in model.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            if "Norm" in owner:
+                # Swin V2 starts with norms of zero, and so as the identity.
+                if last == "bias":
+                    parameter.normal_(0, 0.05)
+                else:
+                    parameter.uniform_(0.5, 1.5)
+            elif last.startswith("gamma") or owner.startswith("LayerScale"):
+                parameter.uniform_(0.5, 1.5)
+            elif "cpb_mlp" in name or "meta_mlp" in name:
+                parameter.normal_(0, 0.3)
+            elif architecture.windowed and last.endswith("bias"):
+                parameter.normal_(0, 0.05)
+        return model.state_dict()
