@@ -34,6 +34,11 @@ def choose_mode(root: Path, mode: str) -> str:
     return "pread" if _file_system(root).split(".")[0] in NETWORK else "mmap"
 
 
+def is_held(spec: ArraySpec) -> bool:
+    """Whether whole files of this array are kept in memory."""
+    return spec.layout == "table" and spec.record_bytes <= HELD_RECORD_BYTES
+
+
 def _file_system(path: Path) -> str:
     """The type of the file system that holds `path`, "" where the system does not tell."""
     try:
@@ -53,7 +58,11 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _MAP_FAILED = ctypes.c_void_p(-1).value
+PAGE = mmap.PAGESIZE
+# Below this a page fault costs no more than asking whether there will be one.
+PROBED_BYTES = 1 << 16
 
 
 def _map(fd: int, size: int) -> np.ndarray:
@@ -72,12 +81,23 @@ def _map(fd: int, size: int) -> np.ndarray:
     return mapped
 
 
+def copy_bytes(source: np.ndarray, out: np.ndarray) -> None:
+    """Copies uint8 [n] to uint8 [n]."""
+    if len(out) % 8:
+        np.copyto(out, source)
+        return
+    # The identity of words is a vector loop. `copyto` calls memcpy, which below the size of the second-level cache
+    # takes `rep movsb`: from page-cache pages that is 1.8 times slower (AMD EPYC, glibc 2.36).
+    np.positive(source.view(np.uint64), out=out.view(np.uint64))
+
+
 class _OpenShard:
     """One open shard file: mapped, held in memory, or a descriptor. It lasts as long as a copy still uses it."""
 
     def __init__(self, path: str, spec: ArraySpec, slots: int, expected: int, how: str) -> None:
         self.name, self.fd = path, -1
         self.bytes: np.ndarray | None = None
+        self.address = 0
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._load(spec, slots, expected, how)
@@ -108,6 +128,7 @@ class _OpenShard:
             self.bytes = held
         elif how == "mmap":
             self.bytes = _map(self.fd, size)
+            self.address = self.bytes.ctypes.data
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -122,10 +143,15 @@ class _OpenShard:
         offset, length = self.offsets[slot], self.lengths[slot]
         if offset == ABSENT or length != len(out):
             raise self._wrong(slot, len(out))
-        if self.bytes is not None:
-            np.copyto(out, self.bytes[offset : offset + length])
+        if self.bytes is not None and self._resident(offset, length):
+            copy_bytes(self.bytes[offset : offset + length], out)
         else:
             self._pread(offset, out)
+
+    def table(self, spec: ArraySpec) -> np.ndarray:
+        """All slots of a table that is held, [slots, *spec.shape]."""
+        assert self.bytes is not None
+        return self.bytes.view(spec.dtype).reshape(-1, *spec.shape)
 
     def decode(self, slot: int, out: np.ndarray) -> None:
         """Decompresses a slot into `out` (uint8)."""
@@ -143,16 +169,31 @@ class _OpenShard:
         found = "is absent" if self.offsets[slot] == ABSENT else f"has {self.lengths[slot]} bytes"
         return CorruptError(f"{self.name}: record {slot} {found}, expected {expected} bytes; run `fcache repair`")
 
+    def _resident(self, offset: int, length: int) -> bool:
+        """Whether a mapped record is in memory, judged by the page in its middle (held files always are)."""
+        if not self.address or length < PROBED_BYTES:
+            return True
+        found = ctypes.create_string_buffer(1)
+        page = (self.address + offset + length // 2) // PAGE * PAGE
+        return _LIBC.mincore(page, PAGE, found) != 0 or bool(found.raw[0] & 1)
+
     def _pread(self, offset: int, out: np.ndarray) -> None:
-        view, done = memoryview(out), 0
-        while done < len(out):
-            try:
-                n = os.preadv(self.fd, [view[done:]], offset + done)
-            except OSError as e:
-                raise unreadable(self.name, e) from e
-            if n == 0:
-                raise CorruptError(f"{self.name} was cut short while it was read; run `fcache verify`")
-            done += n
+        # A map has no descriptor: a record that is on disk only is worth opening the file again, because page faults
+        # read it at half the speed.
+        view, done, fd = memoryview(out), 0, self.fd
+        try:
+            if fd < 0:
+                fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
+            while done < len(out):
+                n = os.preadv(fd, [view[done:]], offset + done)
+                if n == 0:
+                    raise CorruptError(f"{self.name} was cut short while it was read; run `fcache verify`")
+                done += n
+        except OSError as e:
+            raise unreadable(self.name, e) from e
+        finally:
+            if fd >= 0 and fd != self.fd:
+                os.close(fd)
 
 
 class OpenShards:
@@ -164,23 +205,19 @@ class OpenShards:
         files = OPEN_MAPS if soft == resource.RLIM_INFINITY else max(16, soft // 2)
         self._limit = OPEN_MAPS if mode == "mmap" else min(OPEN_MAPS, files)
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
-        self._held: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
 
     def get(self, path: str, spec: ArraySpec, slots: int, expected: int) -> _OpenShard:
         """The shard file at `path`, opened and checked if it is not open yet. Raises CorruptError."""
-        held = spec.layout == "table" and spec.record_bytes <= HELD_RECORD_BYTES
         with self._lock:
-            if file := self._held.get(path):
-                return file
             if file := self._open.get(path):
                 self._open.move_to_end(path)
                 return file
         # Without the lock: opening may take long. Two threads may both open a file, one of the two is dropped.
-        file = _OpenShard(path, spec, slots, expected, "held" if held else self.mode)
+        if is_held(spec):
+            return _OpenShard(path, spec, slots, expected, "held")
+        file = _OpenShard(path, spec, slots, expected, self.mode)
         with self._lock:
-            if held:
-                return self._held.setdefault(path, file)
             file = self._open.setdefault(path, file)
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
@@ -195,19 +232,25 @@ class ArrayAccess:
     ) -> None:
         self.spec, self.dtype = spec, np.dtype(spec.dtype)
         self._folder, self._sizes, self._shards, self._shard_records = folder, sizes, shards, shard_records
-        # Paths are made once: a batch asks for the same few shards again and again.
-        self._paths: dict[int, str] = {}
+        self._held: dict[int, np.ndarray] | None = {} if is_held(spec) else None
 
     def read_into(self, records: Sequence[int], out: np.ndarray) -> None:
         """Copies records into the rows of `out`, C-contiguous, [len(records), *spec.shape] of the spec's type.
 
         Raises IncompleteError for a record of a shard that is not committed, CorruptError for a damaged one.
         """
-        rows = out.reshape(len(records), -1).view(np.uint8)
+        if self._held is not None:
+            for i, record in enumerate(records):
+                shard, slot = divmod(record, self._shard_records)
+                out[i] = (self._held[shard] if shard in self._held else self._hold(shard))[slot]
+            return
+        files: dict[int, _OpenShard] = {}
         zstd = self.spec.compression == "zstd"
-        for record, row in zip(records, rows, strict=True):
+        for record, row in zip(records, out.reshape(len(records), -1).view(np.uint8), strict=True):
             shard, slot = divmod(record, self._shard_records)
-            file = self._shard(shard)
+            file = files.get(shard)
+            if file is None:
+                file = files[shard] = self._open(shard)
             if zstd:
                 file.decode(slot, row)
             else:
@@ -219,9 +262,13 @@ class ArrayAccess:
         self.read_into([record], out)
         return out[0]
 
-    def _shard(self, index: int) -> _OpenShard:
-        if index not in self._sizes:
-            raise IncompleteError(f"shard {index} of {self._folder} is not committed; run the same `fcache extract`")
-        if index not in self._paths:
-            self._paths[index] = str(self._folder / shard_key(self.spec, index))
-        return self._shards.get(self._paths[index], self.spec, self._shard_records, self._sizes[index])
+    def _hold(self, shard: int) -> np.ndarray:
+        assert self._held is not None
+        self._held[shard] = self._open(shard).table(self.spec)
+        return self._held[shard]
+
+    def _open(self, shard: int) -> _OpenShard:
+        if shard not in self._sizes:
+            raise IncompleteError(f"shard {shard} of {self._folder} is not committed; run the same `fcache extract`")
+        path = f"{self._folder}/{shard_key(self.spec, shard)}"
+        return self._shards.get(path, self.spec, self._shard_records, self._sizes[shard])

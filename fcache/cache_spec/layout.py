@@ -83,8 +83,8 @@ class Group:
         names = self.path.split("/")
         if not all(NAME.fullmatch(n) for n in names) or names[0] in RESERVED:
             raise SpecError(
-                f"a split or group is named with letters, digits, '.', '_' and '-' and not {', '.join(sorted(RESERVED))}; "
-                f"got {self.path!r}"
+                f"a split or group is named with letters, digits, '.', '_' and '-', and not "
+                f"{', '.join(sorted(RESERVED))}; got {self.path!r}"
             )
         levels = [level.name for level in self.levels]
         if bad := [n for n in levels if not NAME.fullmatch(n) or n in ("index", "targets") or levels.count(n) > 1]:

@@ -40,7 +40,8 @@ def array_metadata(spec: ArraySpec, *, num_records: int, shard_records: int) -> 
         "shape": [num_records, *spec.shape],
         "data_type": spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_records, *spec.shape]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        # Dots: a folder an array, not one a shard and axis, each of which would have to be made durable.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": fill,
         "codecs": codecs,
         "attributes": dict(spec.attributes),
@@ -50,8 +51,8 @@ def array_metadata(spec: ArraySpec, *, num_records: int, shard_records: int) -> 
 
 
 def shard_key(spec: ArraySpec, index: int) -> str:
-    """The key of a shard's file below its array: "c/12/0/0/0"."""
-    return "/".join(["c", str(index), *["0"] * len(spec.shape)])
+    """The key of a shard's file below its array: "c.12.0.0.0"."""
+    return ".".join(["c", str(index), *["0"] * len(spec.shape)])
 
 
 class ShardFile:
@@ -81,8 +82,8 @@ class ShardFile:
             raise DataError(f"{self._spec.path}: values do not fit {self._spec.dtype}, they reach {np.max(record)}")
         if self._spec.ragged and len(data) > self._spec.shape[0]:
             raise DataError(
-                f"{self._spec.path}: a record has {len(data)} entries, the cache was planned for {self._spec.shape[0]}; "
-                "extract into a new --cache"
+                f"{self._spec.path}: a record has {len(data)} entries, the cache was planned for "
+                f"{self._spec.shape[0]}; extract into a new --cache"
             )
         if self._spec.ragged and data.shape != self._spec.shape:
             data = data if data.size else data.reshape(0, *self._spec.shape[1:])

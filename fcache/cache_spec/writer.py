@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fcache.cache_spec.claims import Claims
-from fcache.cache_spec.commits import Commit, run_facts, write_commit
+from fcache.cache_spec.commits import Commit, commit_path, read_commit, run_facts, write_commit
+from fcache.cache_spec.errors import CorruptError
 from fcache.cache_spec.files import explained, make_folders, remove_if_empty, remove_orphans, sync_folder
 from fcache.cache_spec.layout import FEATURES, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import ShardFile, shard_key
@@ -44,8 +45,8 @@ class CacheWriter:
         return ShardWriter(self.root, self.manifest, shard, part)
 
     def finish(self) -> None:
-        """Gives claims back and removes the folders that only a running extraction needs."""
-        self.claims.release_all()
+        """Removes what only a running extraction needs; call it when nothing is pending."""
+        self.claims.clear()
         remove_orphans(self.root)
         remove_if_empty(self.root / "partial", self.root / "claims")
 
@@ -98,12 +99,18 @@ class ShardWriter:
     def commit(self, *, facts: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Commit:
         """Publishes the files, then writes the commit record. Every record must have been appended or skipped."""
         assert self._seen == set(range(self._shard.count)), "a shard is committed whole"
-        files = {}
+        s, files = self._shard, {}
         try:
             with explained(self._root):
                 for file in self._files.values():
                     size, sha = file.close()
                     files[str(file.target.relative_to(self._root).as_posix())] = (size, sha)
+                commit = Commit(
+                    group=s.group, part=self._part, shard=s.index, first=s.first, count=s.count, view=s.view,
+                    ids=self._group.ids[s.sample : s.sample + s.count], key=self._key, files=files,
+                    quarantined=self._quarantined, facts=facts, fingerprint=fingerprint, run=run_facts(self._started),
+                )  # fmt: skip
+                self._retract(commit)
                 folders = {file.target.parent for file in self._files.values()}
                 for folder in folders:
                     make_folders(self._root, folder)
@@ -114,14 +121,21 @@ class ShardWriter:
         except BaseException:
             self.abort()
             raise
-        s = self._shard
-        commit = Commit(
-            group=s.group, part=self._part, shard=s.index, first=s.first, count=s.count, view=s.view,
-            ids=self._group.ids[s.sample : s.sample + s.count], key=self._key, files=files,
-            quarantined=self._quarantined, facts=facts, fingerprint=fingerprint, run=run_facts(self._started),
-        )  # fmt: skip
         write_commit(self._root, commit)
         return commit
+
+    def _retract(self, new: Commit) -> None:
+        """Removes a commit of other content before its files are replaced: a kill in between leaves a pending shard."""
+        path = self._root / commit_path(new.group, new.part, new.shard)
+        try:
+            if read_commit(path).content == new.content:
+                return
+        except FileNotFoundError:
+            return
+        except CorruptError:
+            pass
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
     def abort(self) -> None:
         """Removes what was written; the shard stays pending."""

@@ -53,4 +53,6 @@ ENCODING = Encoding(
     encode=_encode,
     decode=_decode,
     error=_error,
+    # A little less than the largest float32: 127 times a rounded scale must not overflow.
+    largest=3.4e38,
 )

@@ -1,0 +1,68 @@
+"""The reader on the format page reads the same numbers as fcache; the names on the page are the code's."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cachebuilder import LEVELS, features, group, manifest, write_pending
+
+from fcache.cache_spec import LevelSpec, encoding_names, open_cache, open_writer
+from fcache.cache_spec.layout import RESERVED
+from fcache.cache_spec.targets import KINDS, target_arrays
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs/reference/format.md").read_text()
+GOLDEN = REPOSITORY / "tests/golden/format-1.fcache"
+
+
+@pytest.fixture(scope="module")
+def page_reader():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert re.findall(r"^(?:import|from) (\w+)", code, flags=re.MULTILINE) == ["json", "struct", "pathlib", "numpy"]
+    names: dict = {}
+    exec(compile(code, "format.md", "exec"), names)
+    return names
+
+
+def test_the_pages_reader_reads_the_golden_cache(page_reader):
+    cache = open_cache(GOLDEN)
+    found = {(i, v): levels for i, v, levels in page_reader["features"](GOLDEN)}
+    count = 0
+    for split in cache.splits:
+        for records in cache.records(split):
+            for record, view, sample in zip(records.records, records.views, records.samples, strict=True):
+                count += 1
+                for level in records.group.levels:
+                    codes = cache.read(records.group.path, level.name, record).astype(np.float32)
+                    scale = cache.read(records.group.path, f"{level.name}.scale", record)
+                    read = found[records.group.ids[sample], view][level.name]
+                    np.testing.assert_array_equal(read, codes * scale[:, None, None])
+    assert count == len(found) == 7
+
+
+@pytest.mark.parametrize("encoding", encoding_names())
+def test_the_pages_reader_decodes_every_encoding_and_axis(folder, page_reader, encoding):
+    levels = (*LEVELS, LevelSpec("taps", "T C", (2, 6), 16), LevelSpec("clip", "T C H W", (2, 3, 2, 2), 32))
+    writer = open_writer(folder / "c", manifest(group(encoding=encoding, levels=levels, views=2), kinds=()))
+    write_pending(writer)
+    found = list(page_reader["features"](folder / "c"))
+    assert len(found) == 10
+    for sample, view, read in found:
+        for level in levels:
+            x = features(level, sample, view)
+            error = {"fp32": 0, "fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127}[encoding]
+            np.testing.assert_allclose(read[level.name], x, rtol=0, atol=error * abs(x).max() + 1e-7)
+            if encoding == "fp32":
+                np.testing.assert_array_equal(read[level.name], x)
+
+
+def test_the_pages_crc_is_castagnolis(page_reader):
+    assert page_reader["crc32c"](b"123456789") == 0xE3069283
+
+
+def test_the_page_names_every_encoding_target_array_and_reserved_name():
+    limits = {name: 3 for kind in KINDS.values() for name in kind.limits + kind.evaluation_limits}
+    arrays = {a.path for k in KINDS for a in target_arrays(k, limits=limits, canvas=(4, 4), role="evaluation")}
+    for name in {*arrays, *encoding_names(), *RESERVED}:
+        assert f"`{name}`" in PAGE, name

@@ -1,0 +1,335 @@
+"""Streams: which records in which order, into which buffers."""
+
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from cachebuilder import features, group, manifest, stored_targets, view_of, write_pending
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcache.cache_spec import (
+    SpecError,
+    StreamConfig,
+    open_cache,
+    open_source,
+    open_writer,
+    parse_fraction,
+    subset_ids,
+)
+from fcache.cache_spec.order import epoch_batches
+
+KINDS = ("semantic", "instances")
+
+
+@pytest.fixture(scope="module")
+def root(folder_factory):
+    """23 training samples in 2 views, and two evaluation buckets."""
+    made = folder_factory()
+    groups = (
+        group(samples=23, views=2, shard_records=4),
+        group("val/32x32", 7),
+        group("val/32x64", 3, canvas=(32, 64)),
+    )
+    writer = open_writer(made, manifest(*groups, kinds=KINDS))
+    write_pending(writer)
+    return made
+
+
+def names(source, epoch, start=0):
+    return [list(zip(b.ids, b.view_indices, strict=True)) for b in source.blocks(epoch, start=start)]
+
+
+def flat(batches):
+    return [pair for batch in batches for pair in batch]
+
+
+def test_every_block_holds_what_was_written(root):
+    reader = open_cache(root)
+    for split in reader.splits:
+        source = open_source(reader, split, StreamConfig(4, kinds=KINDS, all_views=True))
+        for block in source.blocks(0):
+            pyramid = block.pyramid(np).levels
+            for i, (sample, view) in enumerate(zip(block.ids, block.view_indices, strict=True)):
+                g = next(g for g in reader.manifest.split(split) if sample in g.ids)
+                assert block.views[i] == view_of(g, sample, view)
+                for level in g.levels:
+                    x = features(level, sample, view)
+                    np.testing.assert_allclose(pyramid[level.name][i], x, rtol=0, atol=abs(x).max() / 127)
+                for kind in KINDS:
+                    for path, value in stored_targets(g, kind, sample, view).items():
+                        np.testing.assert_array_equal(block.targets[path][i], value)
+
+
+@pytest.mark.parametrize("kinds", [(), KINDS])
+def test_order_and_content_do_not_depend_on_threads_or_the_way_of_reading(root, kinds):
+    def content(mode, threads):
+        source = open_source(open_cache(root, mode=mode), "train", StreamConfig(4, kinds=kinds, threads=threads))
+        return [
+            (b.ids, b.view_indices, {k: c.parts[""].tobytes() for k, c in b.levels.items()})
+            for epoch in (0, 1)
+            for b in source.blocks(epoch)
+        ]
+
+    first = content("mmap", 1)
+    for mode in ("mmap", "pread"):
+        for threads in (1, 2, 5):
+            assert content(mode, threads) == first
+
+
+def test_an_epoch_reads_one_view_of_each_sample_in_another_order_each_time(root):
+    source = open_source(open_cache(root), "train", StreamConfig(4))
+    epochs = [flat(names(source, e)) for e in range(4)]
+    for e, found in enumerate(epochs):
+        assert sorted(found) == sorted((f"train#{i}", e % 2) for i in range(23))
+        assert found == flat(names(source, e))
+    assert len({tuple(i for i, _ in found) for found in epochs}) == 4
+    other = open_source(open_cache(root), "train", StreamConfig(4, seed=1))
+    assert flat(names(other, 0)) != epochs[0]
+
+
+def test_all_views_are_read_when_asked_for(root):
+    found = flat(names(open_source(open_cache(root), "train", StreamConfig(4, all_views=True)), 0))
+    assert Counter(found) == Counter((f"train#{i}", v) for i in range(23) for v in (0, 1))
+
+
+def test_sequential_order_is_the_manifests(root):
+    config = StreamConfig(4, order="sequential")
+    assert flat(names(open_source(open_cache(root), "train", config), 0)) == [(f"train#{i}", 0) for i in range(23)]
+    found = flat(names(open_source(open_cache(root), "val", config), 0))
+    assert found == [(f"val/32x32#{i}", 0) for i in range(7)] + [(f"val/32x64#{i}", 0) for i in range(3)]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_starting_in_the_middle_gives_the_tail(root, split):
+    source = open_source(open_cache(root), split, StreamConfig(3))
+    whole = names(source, 5)
+    assert len(whole) == source.num_blocks(5)
+    for start in range(len(whole) + 2):
+        assert names(source, 5, start) == whole[start:]
+
+
+def test_a_batch_never_mixes_buckets(root):
+    for block in open_source(open_cache(root), "val", StreamConfig(4)).blocks(0):
+        assert len({v.canvas for v in block.views}) == 1
+        assert len({i.split("#")[0] for i in block.ids}) == 1
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    batch=st.integers(1, 9),
+    processes=st.integers(1, 5),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=100)
+def test_the_batches_of_all_ranks_are_disjoint_equal_in_number_and_cover_the_epoch(
+    sizes, batch, processes, shuffle, drop_last, epoch
+):
+    def batches(rank, of):
+        found = epoch_batches(
+            sizes, batch_size=batch, shuffle=shuffle, drop_last=drop_last, key=(0, epoch), world=(rank, of)
+        )
+        return [(g, tuple(p.tolist())) for g, p in found]
+
+    whole = batches(0, 1)
+    records = [(g, i) for g, positions in whole for i in positions]
+    assert len(set(records)) == len(records)
+    everything = {(g, i) for g, n in enumerate(sizes) for i in range(n)}
+    if drop_last:
+        assert {len(p) for g, p in whole if sizes[g] >= batch} <= {batch}
+        assert len(everything - set(records)) == sum(n % batch for n in sizes if n > batch)
+    else:
+        assert set(records) == everything
+    shares = [batches(r, processes) for r in range(processes)]
+    assert len({len(s) for s in shares}) == 1
+    together = [b for s in shares for b in s]
+    assert len(set(together)) == len(together)
+    assert set(together) <= set(whole)
+    assert len(whole) - len(together) < processes
+
+
+@given(samples=st.integers(1, 3000), small=st.floats(0.001, 1), large=st.floats(0.001, 1))
+def test_a_smaller_subset_lies_in_a_larger_one(samples, small, large):
+    ids = [f"sample {i}" for i in range(samples)]
+    small, large = sorted((small, large))
+    inner, outer = subset_ids(ids, small), subset_ids(ids, large)
+    assert set(inner) <= set(outer)
+    assert inner == tuple(i for i in ids if i in set(inner))
+    assert small * samples - 1e-3 <= len(inner) < small * samples + 1
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.07, 7), (0.1, 10), (0.29, 29), (1.0, 100)])
+def test_a_subset_has_the_stated_size(fraction, count):
+    assert len(subset_ids([str(i) for i in range(100)], fraction)) == count
+
+
+def test_a_subset_is_the_same_in_every_epoch_and_in_the_record(root):
+    source = open_source(open_cache(root), "train", StreamConfig(4, subset=parse_fraction("30 %")))
+    assert {i for i, _ in flat(names(source, 0))} == {i for i, _ in flat(names(source, 3))}
+    assert len(flat(names(source, 0))) == 7
+    assert source.info.extent["subset"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"batch_size": 0}, "batch_size and threads must be positive"),
+        ({"batch_size": 1, "threads": 0}, "must be positive"),
+        ({"batch_size": 1, "order": "random"}, "shuffled or sequential, got 'random'"),
+        ({"batch_size": 1, "subset": 0.0}, "more than 0 % and at most 100 %"),
+        ({"batch_size": 1, "subset": 1.5}, "at most 100 %, got 150"),
+        ({"batch_size": 1, "world": (2, 2)}, "0 <= rank < processes"),
+    ],
+)
+def test_impossible_configurations_are_refused(change, match):
+    with pytest.raises(SpecError, match=match):
+        StreamConfig(**change)
+
+
+@pytest.mark.parametrize("text", ["", "ten", "0%", "101%", "-1%", "2", "nan"])
+def test_a_fraction_that_is_none_is_refused(text):
+    with pytest.raises(SpecError, match="subset"):
+        parse_fraction(text)
+
+
+def test_levels_are_read_that_were_asked_for_and_unknown_ones_are_refused(root):
+    block = next(open_source(open_cache(root), "train", StreamConfig(4, levels=("level-8",))).blocks(0))
+    assert list(block.levels) == ["level-8"]
+    with pytest.raises(SpecError, match="unknown level 'level-9'; did you mean level-"):
+        open_source(open_cache(root), "train", StreamConfig(4, levels=("level-9",)))
+
+
+def bytes_of(block):
+    arrays = [c.parts[s] for c in block.levels.values() for s in c.parts] + [block.targets["semantic/map"]]
+    return [np.asarray(a).tobytes() for a in arrays]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_block_holds_until_the_next_but_one_is_asked_for(root, threads):
+    source = open_source(open_cache(root), "train", StreamConfig(2, kinds=KINDS, threads=threads))
+    before = None
+    for epoch in range(3):
+        for block in source.blocks(epoch):
+            now = bytes_of(block)
+            if before is not None:
+                assert bytes_of(before[0]) == before[1]
+            before = (block, now)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_promise_holds_across_an_iteration_that_was_left(root, threads):
+    source = open_source(open_cache(root), "train", StreamConfig(2, kinds=KINDS, threads=threads))
+    for left_after in (1, 2, 3, 5):
+        blocks = source.blocks(0)
+        for _ in range(left_after):
+            last = next(blocks)
+        content = bytes_of(last)
+        blocks.close()
+        assert bytes_of(last) == content
+        following = source.blocks(1)
+        next(following)
+        assert bytes_of(last) == content
+        following.close()
+
+
+def test_buffers_are_reused_over_batches_and_epochs(root):
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(np.empty(shape, dtype))
+        return made[-1]
+
+    source = open_source(open_cache(root), "train", StreamConfig(2, threads=2, allocate=allocate))
+    for block in source.blocks(0):
+        assert any(np.shares_memory(block.levels["level-4"].parts[""], a) for a in made)
+    after_one = len(made)
+    for epoch in range(1, 4):
+        for _ in source.blocks(epoch):
+            pass
+    assert len(made) == after_one == 4 * (4 + 5)
+
+
+def test_two_iterations_at_once_do_not_disturb_each_other(root):
+    source = open_source(open_cache(root), "train", StreamConfig(2, kinds=KINDS))
+    alone = [bytes_of(b) for b in source.blocks(0)]
+    for one, two, expected in zip(source.blocks(0), source.blocks(0), alone, strict=True):
+        assert bytes_of(one) == bytes_of(two) == expected
+
+
+def test_many_threads_may_use_one_reader(root):
+    reader = open_cache(root, mode="pread")
+    expected = names(open_source(reader, "train", StreamConfig(4)), 0)
+    found, errors = [], []
+
+    def run():
+        try:
+            for _ in range(5):
+                found.append(names(open_source(reader, "train", StreamConfig(4)), 0))
+                reader.refresh()
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+    assert all(f == expected for f in found)
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from cachebuilder import group, manifest, write_pending
+from fcache.cache_spec import StreamConfig, open_cache, open_source, open_writer
+root = Path(sys.argv[1])
+write_pending(open_writer(root, manifest(group(samples=60, shard_records=1), kinds=())))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+for mode in ("mmap", "pread"):
+    source = open_source(open_cache(root, mode=mode), "train", StreamConfig(4, threads=2))
+    for epoch in range(2):
+        assert sum(len(b) for b in source.blocks(epoch)) == 60
+"""
+
+
+def test_a_cache_of_more_files_than_a_process_may_open_streams(folder):
+    paths = [p for p in sys.path if p]
+    run = subprocess.run(
+        [sys.executable, "-c", MANY, folder / "c"],
+        env={"PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_growth_is_seen_by_a_new_source_only(folder):
+    made = folder / "c"
+    write_pending(open_writer(made, manifest(group(samples=3), kinds=())))
+    reader = open_cache(made)
+    source = open_source(reader, "train", StreamConfig(2))
+    write_pending(open_writer(made, manifest(group(samples=5, views=2), kinds=())))
+    reader.refresh()
+    assert len(flat(names(source, 0))) == 3
+    assert len(flat(names(open_source(reader, "train", StreamConfig(2)), 0))) == 3
+    assert len(flat(names(open_source(open_cache(made), "train", StreamConfig(2)), 0))) == 5
+
+
+def test_the_extent_says_what_was_used(root):
+    reader = open_cache(root)
+    info = open_source(reader, "val", StreamConfig(2, kinds=KINDS)).info
+    assert info.extent["samples"] == 10
+    assert info.extent["shards"] == {"val/32x32": 4, "val/32x64": 2}
+    assert info.role == "evaluation"
+    assert all(level.shape[1:] == (0, 0) for level in info.levels)
+    assert info.extent["committed"] == open_source(reader, "val", StreamConfig(3, kinds=KINDS)).info.extent["committed"]
+    assert info.extent["committed"] != open_source(reader, "train", StreamConfig(2)).info.extent["committed"]
