@@ -1,0 +1,91 @@
+"""Predictions of a trained head, and pictures of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fcache.cache_spec import Block, DataError
+from fcache.heads.batches import to_batch
+from fcache.heads.evaluate import TrainedHead
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says about one sample: `value` as its task has it, on the CPU.
+
+    `semantic`: a label map, uint8 [H, W] at original size. `classification`: logits [K, C] of its K classifiers.
+    """
+
+    id: str
+    value: Any
+
+
+def predict(trained: TrainedHead, block: Block[Any], *, device: torch.device | str = "cpu") -> list[Prediction]:
+    """One prediction a sample of a block, whose targets are not read."""
+    with torch.inference_mode():
+        batch = to_batch(block, torch.device(device), levels=[level.name for level in trained.inputs.levels])
+        found = trained.predict(batch)
+    return [Prediction(i, value) for i, value in zip(batch.ids, found, strict=True)]
+
+
+def best_classes(
+    prediction: Prediction, class_names: Sequence[str], *, variant: int = 0, count: int = 5
+) -> list[tuple[str, float]]:
+    """The most probable classes of a classification and their probabilities, best first, by classifier `variant`."""
+    probabilities = torch.softmax(prediction.value[variant].double(), dim=-1)
+    top = torch.topk(probabilities, min(count, len(class_names)))
+    return [(class_names[int(i)], float(p)) for p, i in zip(top.values, top.indices, strict=True)]
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: Sequence[tuple[int, int, int]],
+    class_names: Sequence[str],
+    *,
+    opacity: float = 0.55,
+) -> np.ndarray:
+    """An image, uint8 [H, W, 3], with its label map, [H, W], drawn over it and a legend at the right.
+
+    The legend lists the classes that occur, largest first, with their share of the pixels. Labels beyond the classes
+    (255) stay clear. Returns uint8 [max(H, legend), W + legend, 3]. Raises DataError if the sizes differ.
+    """
+    if image.shape[:2] != labels.shape:
+        raise DataError(f"the image is {image.shape[:2]}, its label map {labels.shape}")
+    colours = np.asarray(palette or default_palette(len(class_names)), dtype=np.float32)
+    known = labels < len(colours)
+    drawn = image.astype(np.float32)
+    drawn[known] = (1 - opacity) * drawn[known] + opacity * colours[labels[known]]
+    picture = Image.fromarray(np.round(drawn).astype(np.uint8))
+
+    counts = np.bincount(labels[known], minlength=len(colours))
+    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    lines = [f"{class_names[k]}  {100 * counts[k] / labels.size:.1f} %" for k in present]
+    size = max(11, min(18, image.shape[0] // 20))
+    font = ImageFont.load_default(size=size)
+    step = size + 6
+    width = max((int(font.getlength(line)) for line in lines), default=0) + step + 18
+    canvas = Image.new("RGB", (image.shape[1] + width, max(image.shape[0], step * len(lines) + 12)), "white")
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, (k, line) in enumerate(zip(present, lines, strict=True)):
+        x, y = image.shape[1] + 6, 6 + row * step
+        colour = tuple(int(c) for c in colours[k])
+        draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
+        draw.text((x + step, y), line, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def default_palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours for classes without a palette of their own: hues a golden angle apart, in three brightnesses."""
+    palette = []
+    for k in range(count):
+        hue, value = (k * 0.61803398875) % 1.0, (1.0, 0.75, 0.55)[k % 3]
+        # The three channels are one cosine, a third of the circle apart.
+        channels = 0.5 + 0.5 * np.cos(2 * np.pi * (hue - np.arange(3) / 3))
+        palette.append(tuple(int(c) for c in np.round(255 * value * channels)))
+    return palette

@@ -1,0 +1,97 @@
+"""Laws that every head keeps; plug-ins are found by themselves."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fcache.cache_spec.testing import MemorySource
+from fcache.heads import Batch, TrainConfig, choose_head, find_head, head_names, load_head, load_run, to_batch, train
+from fcache.heads.metrics import score, stack_states
+
+CPU = torch.device("cpu")
+# Narrow forms of heads whose default width is a paper's.
+SMALL = {"semantic/upernet": "semantic/upernet:width=16,aux=true,norm_inputs=true"}
+
+
+@pytest.fixture
+def source_for(scenes, images) -> Callable[..., MemorySource]:
+    """A small source with the targets that a head needs."""
+    by_kind = {"semantic": scenes, "class": images}
+
+    def make(name: str, role: str = "training", count: int = 8) -> MemorySource:
+        (kind,) = find_head(name).needs
+        return by_kind[kind](count, role=role, batch_size=4)
+
+    return make
+
+
+def _built(name: str, source: MemorySource):
+    choice = choose_head(SMALL.get(name, name), source.info, TrainConfig(iterations=1))
+    torch.manual_seed(0)
+    return choice, choice.head.build(choice.inputs(source.info), choice.options)
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_the_loss_sends_gradient_to_every_parameter_and_none_to_the_features(name: str, source_for):
+    source = source_for(name)
+    choice, module = _built(name, source)
+    batch = to_batch(next(iter(source.blocks(0))), CPU)
+    terms = choice.head.loss(module.train(), batch, choice.options)
+    sum(terms.values()).backward()
+    assert all(t.ndim == 0 and float(t.detach()) > 0 for t in terms.values())
+    without = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    assert all(x.grad is None and not x.requires_grad for x in batch.features.values())
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_a_permuted_batch_gives_permuted_predictions(name: str, source_for):
+    source = source_for(name, "evaluation")
+    choice, module = _built(name, source)
+    batch = to_batch(next(iter(source.blocks(0))), CPU)
+    order = [2, 0, 3, 1]
+    permuted = Batch(
+        ids=tuple(batch.ids[i] for i in order),
+        views=tuple(batch.views[i] for i in order),
+        features={n: x[order] for n, x in batch.features.items()},
+        targets={},
+    )
+    module.eval()
+    with torch.inference_mode():
+        first = choice.head.predict(module, batch, choice.options)
+        second = choice.head.predict(module, permuted, choice.options)
+    assert len(first) == len(batch)
+    for i, found in zip(order, second, strict=True):
+        torch.testing.assert_close(found, first[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_a_saved_head_predicts_as_before(name: str, source_for, tmp_path):
+    source, held = source_for(name), source_for(name, "evaluation")
+    config = TrainConfig(iterations=3, batch_size=4)
+    run = train(
+        source, [choose_head(SMALL.get(name, name), source.info, config)], config, out=tmp_path, validation=held
+    )[0]
+    loaded = load_run(run.folder)
+    assert loaded == run
+    trained = load_head(loaded)
+    metric = trained.metric
+    states = []
+    for block in held.blocks(0):
+        batch = to_batch(block, CPU)
+        with torch.inference_mode():
+            found = trained.predict(batch)
+        for i, p in enumerate(found):
+            states.append(metric.observe(p, {path: v[i] for path, v in batch.targets.items()}))
+    assert dict(score(metric, stack_states(states)).values) == dict(run.metrics)
+    assert metric.primary in run.metrics
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_a_head_reads_no_level_but_those_it_names(name: str, source_for):
+    source = source_for(name)
+    choice, module = _built(name, source)
+    batch = to_batch(next(iter(source.blocks(0))), CPU, levels=choice.levels(source.info.levels))
+    choice.head.loss(module, batch, choice.options)
+    assert choice.head.predict(module.eval(), batch, choice.options)

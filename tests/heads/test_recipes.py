@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+
+from fcache.cache_spec import SpecError
+from fcache.heads import Recipe, choose_head, configure, find_head, head_names, load_recipe, recipe_names
+from fcache.heads.config import HEAD_FIELDS, TrainConfig
+
+
+def test_the_shipped_recipes_are_these():
+    assert recipe_names() == (
+        "ade20k-small",
+        "ade20k-upernet-frozen",
+        "camvid-small",
+        "demo-small",
+        "imagefolder-small",
+        "imagenet-linear",
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, images):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe.extract["views"] >= 1
+    assert recipe.extract["view_recipe"]
+    for head in recipe.train.heads:
+        info = (scenes() if "upernet" in head or "semantic" in head else images()).info
+        choice = choose_head(head, info, recipe.train)
+        given = {k: v for k, v in recipe.train.heads[head].items() if k not in HEAD_FIELDS}
+        assert {k: list(v) if isinstance(v, tuple) else v for k, v in choice.options.items() if k in given} == given
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("-small")])
+def test_small_recipes_are_for_a_cpu(name: str):
+    recipe = load_recipe(name)
+    assert recipe.train.batch_size == 4
+    assert recipe.train.heads.get("upernet", {}).get("width", 64) <= 64
+
+
+def test_the_ade20k_recipe_is_table_12_of_the_paper():
+    train = load_recipe("ade20k-upernet-frozen").train
+    assert (train.lr, train.weight_decay, train.warmup, train.schedule) == (2e-3, 0.05, 1500, "linear")
+    assert (train.iterations, train.batch_size, train.betas) == (160_000, 16, (0.9, 0.999))
+    assert train.heads["upernet"]["width"] == 512
+
+
+def test_settings_override_a_recipe_with_the_type_of_the_field(scenes):
+    recipe = load_recipe("camvid-small", settings=["iterations=12", "upernet.lr=5e-3", "upernet.width=32", "amp=true"])
+    assert recipe.train.iterations == 12
+    assert recipe.train.amp is True
+    choice = choose_head("upernet", scenes().info, recipe.train)
+    assert choice.train.lr == 5e-3
+    assert choice.options["width"] == 32
+    assert choose_head("linear", scenes().info, recipe.train).train.lr == recipe.train.lr
+
+
+def test_a_recipe_file_loads_like_a_shipped_one(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[train]\nlr = 1\nschedule = "multi-step"\nmilestones = [3, 5]\n[heads.linear]\nclip = 2\n')
+    assert load_recipe(str(path)) == Recipe(
+        name="mine",
+        description="",
+        train=TrainConfig(lr=1.0, schedule="multi-step", milestones=(3, 5), heads={"linear": {"clip": 2}}),
+        extract={},
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["iteratons=3"], "iteratons.*did you mean iterations"),
+        (["iterations=many"], "iterations is a whole number, got 'many'"),
+        (["iterations=0"], "iterations must be positive"),
+        (["amp=maybe"], "amp is true or false"),
+        (["uppernet.lr=3"], "uppernet.*did you mean upernet"),
+        (["upernet.lr=-1"], "lr and eps must be positive"),
+        (["lr"], "key=value"),
+        (["betas=0.9,2"], "betas"),
+        (["schedule=cosin"], "did you mean cosine"),
+        (["lr=nan"], "lr is a number"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings: list[str], message: str):
+    with pytest.raises(SpecError, match=message):
+        configure(settings)
+
+
+def test_unknown_and_broken_recipes_are_refused(tmp_path: Path):
+    with pytest.raises(SpecError, match="did you mean camvid-small"):
+        load_recipe("camvid-smal")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_recipe(str(tmp_path / "absent.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\n")
+    with pytest.raises(SpecError, match="not valid TOML"):
+        load_recipe(str(broken))
+    broken.write_text("[trian]\nlr = 1\n")
+    with pytest.raises(SpecError, match=r"table in a recipe 'trian'; did you mean.*train"):
+        load_recipe(str(broken))
+
+
+@pytest.mark.parametrize("name", head_names())
+def test_no_option_of_a_head_has_the_name_of_a_training_setting(name: str):
+    fields = set(TrainConfig.__dataclass_fields__)
+    assert not fields & set(find_head(name).options)
