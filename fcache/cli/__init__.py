@@ -6,4 +6,4 @@ import os
 # (docs/design/threads.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from fcache.cli.app import main as main  # noqa: E402
+from fcache.cli.app import main as main

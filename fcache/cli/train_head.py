@@ -1,0 +1,217 @@
+"""`fcache train-head`: train one or many heads from a cache."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fcache.cache_spec import CacheReader, CacheSource
+    from fcache.cli.progress import Progress
+    from fcache.heads import Report, Run, TrainConfig
+
+FAILED, PARTIAL = 1, 3
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  fcache train-head --cache ade.fcache --head linear --head upernet --recipe ade20k-small
+  fcache train-head --cache ade.fcache --head 'upernet:width=64,aux=true' --set lr=0.0002 --iters 4000
+  fcache train-head --cache ade.fcache --head upernet --seed 1 --subset 10% --out runs/tenth
+  fcache train-head … --resume          continue after a kill, to the same weights
+
+\b
+Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.
+"""
+)
+@click.option("--cache", "path", required=True, help="The cache to train from.", metavar="PATH")
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    help="A head, with options or not; may be repeated. By default the recipe's.",
+    metavar="NAME[:OPTION=VALUE,…]",
+)
+@click.option("--recipe", help="Training settings, shipped or in a TOML file.", metavar="NAME|FILE")
+@click.option(
+    "--set", "settings", multiple=True, help="Change one setting, of all heads or one.", metavar="[HEAD.]KEY=VALUE"
+)
+@click.option("--iters", type=int, help="Iterations: the same as --set iterations=N.", metavar="N")
+@click.option("--subset", help="Train on a fixed share of the samples, '1%'.", metavar="SHARE")
+@click.option("--seed", type=int, help="Seed of weights, dropout and order: the same as --set seed=N.", metavar="N")
+@click.option("--out", default="runs", show_default=True, help="Where each head's run gets a folder.", metavar="DIR")
+@click.option("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else the CPU.", metavar="NAME")
+@click.option("--resume", is_flag=True, help="Continue unfinished runs in --out.")
+@click.option("--allow-partial", is_flag=True, help="Train on what is committed of an unfinished cache.")
+@click.option("--allow-random-backbone", is_flag=True, help="Train on the features of a backbone with random weights.")
+def command(
+    path: str,
+    heads: tuple[str, ...],
+    recipe: str | None,
+    settings: tuple[str, ...],
+    iters: int | None,
+    subset: str | None,
+    seed: int | None,
+    out: str,
+    device: str | None,
+    resume: bool,
+    allow_partial: bool,
+    allow_random_backbone: bool,
+) -> int:
+    """Train one or many heads in one pass over a cache, score each on the evaluation split and record its run."""
+    from fcache.cache_spec import SpecError, open_cache, parse_fraction
+    from fcache.cli.job import best_device
+    from fcache.heads import configure, load_recipe
+
+    changes = [*settings]
+    changes += [f"{key}={value}" for key, value in (("iterations", iters), ("seed", seed)) if value is not None]
+    loaded = load_recipe(recipe, settings=changes) if recipe else None
+    config = loaded.train if loaded else configure(changes)
+    if not (names := heads or tuple(config.heads)):
+        raise SpecError("which heads? Name them with --head (linear, upernet), or name a --recipe that lists some")
+    reader = open_cache(path, allow_partial=allow_partial)
+    runs = train_from(
+        reader,
+        names,
+        config,
+        out=Path(out),
+        device=device or best_device(),
+        recipe=loaded.name if loaded else "",
+        subset=parse_fraction(subset) if subset else 1.0,
+        resume=resume,
+        allow_random_backbone=allow_random_backbone,
+    )
+    click.echo(results(runs))
+    if any(run.status == "stopped" for run in runs):
+        return FAILED
+    return PARTIAL if any(reader.missing(part) for part in reader.manifest.parts()) else 0
+
+
+def train_from(
+    reader: "CacheReader",
+    heads: Sequence[str],
+    config: "TrainConfig",
+    *,
+    out: Path,
+    device: str,
+    recipe: str = "",
+    subset: float = 1.0,
+    resume: bool = False,
+    allow_random_backbone: bool = False,
+) -> "list[Run]":
+    """Train heads on a cache's training split, score them on its evaluation split; progress goes to stderr.
+
+    Raises KeyboardInterrupt after a signal, when all heads are saved.
+    """
+    from fcache.cache_spec import SpecError, StreamConfig, open_source
+    from fcache.cli.interrupts import stop_on_signals
+    from fcache.cli.progress import Progress
+    from fcache.heads import choose_heads, needed_kinds, needed_levels, train
+
+    training, evaluation = split_of(reader, "training"), split_of(reader, "evaluation")
+    if training is None:
+        raise SpecError(f"{reader.root} has no training split; extract it with --split train")
+    info = reader.info(training)
+    choices = choose_heads(heads, info, config)
+    stream = StreamConfig(
+        batch_size=config.batch_size,
+        levels=needed_levels(choices, info.levels),
+        kinds=needed_kinds(choices),
+        seed=config.seed,
+        subset=subset,
+        drop_last=True,
+    )
+    with Progress() as progress, stop_on_signals() as should_stop:
+        if info.random_weights:
+            progress.note(f"train  the backbone's weights are RANDOM ({info.random_weights})")
+        runs = train(
+            open_source(reader, training, stream),
+            choices,
+            config,
+            out=out,
+            validation=evaluation_source(reader, evaluation, stream) if evaluation else None,
+            device=device,
+            report=progress_of(progress),
+            should_stop=should_stop,
+            resume=resume,
+            recipe=recipe,
+            hints={"cache": str(reader.root.resolve()), "extraction": json.dumps(dict(reader.manifest.hints))},
+            allow_random_backbone=allow_random_backbone,
+        )
+        if any(run.status == "interrupted" for run in runs):
+            progress.note("train  stopped; the same command with --resume continues")
+            raise KeyboardInterrupt
+    return runs
+
+
+def split_of(reader: "CacheReader", role: str) -> str | None:
+    """The name of the first split of a role, None if the cache has none."""
+    return next((group.split for group in reader.manifest.groups if group.role == role), None)
+
+
+def evaluation_source(reader: "CacheReader", split: str, like: Any) -> "CacheSource":
+    """The evaluation split as a source that reads what `like`, a StreamConfig, reads, once and in order."""
+    from fcache.cache_spec import StreamConfig, open_source
+
+    config = StreamConfig(batch_size=like.batch_size, levels=like.levels, kinds=like.kinds, order="sequential")
+    return open_source(reader, split, config)
+
+
+def progress_of(progress: "Progress") -> "Report":
+    """What renders the events of training and evaluation."""
+    from fcache.cli.progress import rate
+    from fcache.heads import events
+
+    first, started = 0, time.monotonic()
+
+    def report(event: "events.Event") -> None:
+        nonlocal first, started
+        match event:
+            case events.TrainingStarted():
+                first, started = event.first, time.monotonic()
+                heads = ", ".join(f"{label} ({n / 1e6:.3g} M)" for label, n in event.parameters.items())
+                progress.note(f"train  {heads}; iterations {event.first + 1} to {event.iterations}")
+            case events.StepDone():
+                seconds = time.monotonic() - started
+                done = rate(event.iteration - first, event.iterations - first, seconds, "iterations")
+                losses = "  ".join(f"{label} {loss:.4g}" for label, loss in event.losses.items())
+                progress.show(f"train  {done}  loss {losses}")
+            case events.EvaluationStep():
+                progress.show(f"score  {event.block}/{event.blocks} batches")
+            case events.EvaluationDone():
+                progress.note(f"score  {event.label} after {event.iteration}: {scores(event.metrics)}")
+            case events.HeadStopped():
+                progress.note(f"train  {event.label} STOPPED at {event.iteration}: {event.reason}")
+            case _:
+                pass
+
+    return report
+
+
+def scores(metrics: Any) -> str:
+    """Scores on one line, fractions."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name)
+
+
+def results(runs: "list[Run]") -> str:
+    """One line a run: its folder, scores and cost."""
+    from fcache.cli.tables import table
+
+    names = [name for run in runs for name in run.metrics if "/" not in name]
+    columns = list(dict.fromkeys(names))
+    rows = [
+        [
+            run.label,
+            *(f"{run.metrics[name]:.4f}" if name in run.metrics else "-" for name in columns),
+            f"{run.cost.parameters:,}",
+            f"{run.cost.seconds_per_iteration:.4f}",
+            f"{run.cost.data_wait_share:.1%}",
+            run.status if run.status != "finished" else str(run.folder),
+        ]
+        for run in runs
+    ]
+    return table(["head", *columns, "parameters", "s/iter", "waiting", "run"], rows)

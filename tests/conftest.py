@@ -1,0 +1,45 @@
+"""What every test may rely on: one thread, a fixed seed, no network, and real data where it is present."""
+
+import os
+import random
+from pathlib import Path
+
+# Read by the hub client, by OpenMP and by MKL when first imported, hence before torch.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers for every test, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real photos and weights that the environment variable FCACHE_TEST_DATA names."""
+    folder = os.environ.get("FCACHE_TEST_DATA")
+    required = os.environ.get("FCACHE_REQUIRE_TEST_DATA") == "1"
+    reason = "FCACHE_TEST_DATA is not set: tests on real photos and weights need that folder"
+    if folder and not Path(folder).is_dir():
+        pytest.fail(f"FCACHE_TEST_DATA names {folder}, which is no folder")
+    if folder:
+        return Path(folder)
+    if required:
+        pytest.fail(reason)
+    pytest.skip(reason)
