@@ -76,7 +76,7 @@ def _map(fd: int, size: int) -> np.ndarray:
     buffer = (ctypes.c_uint8 * size).from_address(address)
     # Not at exit: threads may still copy, and the process gives everything back anyway.
     weakref.finalize(buffer, _LIBC.munmap, address, size).atexit = False
-    mapped = np.frombuffer(buffer, dtype=np.uint8)
+    mapped = np.ctypeslib.as_array(buffer)
     mapped.flags.writeable = False
     return mapped
 
@@ -138,15 +138,19 @@ class _OpenShard:
     def __del__(self) -> None:
         self.close()
 
-    def read(self, slot: int, out: np.ndarray) -> None:
-        """Copies the stored bytes of a slot into `out` (uint8, exactly as long)."""
+    def read(self, slot: int, out: np.ndarray, *, probe: bool) -> bool:
+        """Copies the stored bytes of a slot into `out` (uint8, exactly as long).
+
+        With `probe` a mapped record that is on disk only is read by position. Returns whether it was not in memory.
+        """
         offset, length = self.offsets[slot], self.lengths[slot]
         if offset == ABSENT or length != len(out):
             raise self._wrong(slot, len(out))
-        if self.bytes is not None and self._resident(offset, length):
+        if self.bytes is not None and not (probe and self._on_disk(offset, length)):
             copy_bytes(self.bytes[offset : offset + length], out)
-        else:
-            self._pread(offset, out)
+            return False
+        self._pread(offset, out)
+        return True
 
     def table(self, spec: ArraySpec) -> np.ndarray:
         """All slots of a table that is held, [slots, *spec.shape]."""
@@ -169,18 +173,18 @@ class _OpenShard:
         found = "is absent" if self.offsets[slot] == ABSENT else f"has {self.lengths[slot]} bytes"
         return CorruptError(f"{self.name}: record {slot} {found}, expected {expected} bytes; run `fcache repair`")
 
-    def _resident(self, offset: int, length: int) -> bool:
-        """Whether a mapped record is in memory, judged by the page in its middle (held files always are)."""
-        if not self.address or length < PROBED_BYTES:
-            return True
+    def _on_disk(self, offset: int, length: int) -> bool:
+        """Whether a mapped record is not in memory, judged by the page in its middle."""
+        if length < PROBED_BYTES:
+            return False
         found = ctypes.create_string_buffer(1)
         page = (self.address + offset + length // 2) // PAGE * PAGE
-        return _LIBC.mincore(page, PAGE, found) != 0 or bool(found.raw[0] & 1)
+        return _LIBC.mincore(page, PAGE, found) == 0 and not found.raw[0] & 1
 
     def _pread(self, offset: int, out: np.ndarray) -> None:
         # A map has no descriptor: a record that is on disk only is worth opening the file again, because page faults
         # read it at half the speed.
-        view, done, fd = memoryview(out), 0, self.fd
+        view, done, fd = out.data, 0, self.fd
         try:
             if fd < 0:
                 fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
@@ -245,7 +249,7 @@ class ArrayAccess:
                 out[i] = (self._held[shard] if shard in self._held else self._hold(shard))[slot]
             return
         files: dict[int, _OpenShard] = {}
-        zstd = self.spec.compression == "zstd"
+        zstd, probe = self.spec.compression == "zstd", True
         for record, row in zip(records, out.reshape(len(records), -1).view(np.uint8), strict=True):
             shard, slot = divmod(record, self._shard_records)
             file = files.get(shard)
@@ -254,7 +258,8 @@ class ArrayAccess:
             if zstd:
                 file.decode(slot, row)
             else:
-                file.read(slot, row)
+                # Asking costs some microseconds: if the first record of a batch is in memory, so are the others.
+                probe = file.read(slot, row, probe=probe)
 
     def read(self, record: int) -> np.ndarray:
         """One record as a new array."""

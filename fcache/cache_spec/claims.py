@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Claims:
             self._give_back(path)
 
     @contextmanager
-    def lock(self, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+    def lock(self, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> Generator[None]:
         """Holds the cache's only lock; waits for a living holder. Raises DataError after `wait_seconds`."""
         path, started = self.root / "lock", time.monotonic()
         while not self._take(path):

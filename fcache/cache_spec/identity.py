@@ -50,7 +50,7 @@ def from_json(cls: type[T], data: Any) -> T:
 
 
 def _build(kind: Any, data: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         names = {f.name for f in dataclasses.fields(kind)}
         if not isinstance(data, Mapping) or set(data) - names:

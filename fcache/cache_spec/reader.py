@@ -163,7 +163,8 @@ class CacheReader:
     def info(self, split: str, *, kinds: Sequence[str] = (), levels: Sequence[LevelSpec] = ()) -> SourceInfo:
         """What a source over a split gives; the extent is the committed set."""
         groups = self.manifest.split(split)
-        common = levels or groups[0].levels
+        first = groups[0]
+        common = levels or first.levels
         if len(groups) > 1:
             common = tuple(level.free() for level in common)
         shards = {
@@ -179,11 +180,11 @@ class CacheReader:
         }
         return SourceInfo(
             split=split,
-            role=groups[0].role,
+            role=first.role,
             features=self.manifest.features,
             targets=self.manifest.targets,
             levels=tuple(common),
-            canvas=groups[0].canvas,
+            canvas=first.canvas,
             random_weights=self.manifest.random_weights,
             extent=extent,
         )

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fcache.cache_spec.view import View
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 Buffers = dict[str, np.ndarray]
+Fill = Callable[[], Block[np.ndarray]]
 _Ring = deque[tuple[str, Buffers]]
 
 
@@ -84,19 +86,17 @@ class CacheSource:
         # Epochs after each other use the same buffers; iterations at the same time have their own.
         kept, self._ring = self._ring, None
         ring: _Ring = kept or deque(("", {}) for _ in range(threads + 2))
-        waiting: deque[Future[Block[np.ndarray]]] = deque()
+        waiting: deque[tuple[Future[Block[np.ndarray]], Fill]] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="fcache-read")
         try:
             for group, positions in batches[start:]:
-                waiting.append(
-                    pool.submit(
-                        self._fill, groups[group], self._levels[group], positions, self._slot(ring, groups[group])
-                    )
-                )
+                slot = self._slot(ring, groups[group])
+                fill = partial(self._fill, groups[group], self._levels[group], positions, slot)
+                waiting.append((pool.submit(fill), fill))
                 if len(waiting) > threads:
-                    yield waiting.popleft().result()
+                    yield _finish(*waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _finish(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             # What was read ahead and not given out is filled next, the block given out last is filled last.
@@ -149,6 +149,11 @@ class CacheSource:
             levels=coded,
             targets=targets,
         )
+
+
+def _finish(future: Future[Block[np.ndarray]], fill: Fill) -> Block[np.ndarray]:
+    """The block of `future`; one that no thread has begun is filled here, for the caller would only wait for it."""
+    return fill() if future.cancel() else future.result()
 
 
 @dataclass(frozen=True)

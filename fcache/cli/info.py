@@ -11,7 +11,7 @@ import click
     epilog="""\b
 Examples:
   fcache info ade.fcache
-  fcache info runs/semantic-linear-seed0
+  fcache info runs/linear-seed0
   fcache info ade.fcache --json
 """
 )

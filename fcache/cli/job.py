@@ -24,7 +24,11 @@ OPTIONS = (
     click.option("--cache", help="The cache. By default <dataset>-<model>.fcache.", metavar="PATH"),
     click.option("--recipe", help="Take the settings of a recipe's [extract] table first.", metavar="NAME|FILE"),
     click.option("--views", type=int, help="Views of each training sample [1].", metavar="K"),
-    click.option("--view-recipe", help="How views are cut; by default the dataset's usual way.", metavar="NAME"),
+    click.option(
+        "--view-recipe",
+        help="ade20k, ade20k-small, imagenet, mim-classification or plain; by default the dataset's usual one.",
+        metavar="NAME",
+    ),
     click.option("--input-size", type=int, nargs=2, help="Input height and width of views.", metavar="H W"),
     click.option("--window", type=int, help="Another attention window (Swin) than the model's own.", metavar="N"),
     click.option("--levels", help="Strides or names, '4,8,16,32'; by default all usual ones.", metavar="LIST"),

@@ -25,6 +25,12 @@ Examples:
   fcache train-head … --resume          continue after a kill, to the same weights
 
 \b
+Heads: classification/linear, semantic/linear, semantic/upernet; the short name is enough where
+the cache's targets leave one choice.
+Recipes: ade20k-small, ade20k-upernet-frozen, camvid-small, demo-small, imagefolder-small,
+imagenet-linear.
+
+\b
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.
 """
 )
@@ -107,7 +113,7 @@ def train_from(
 
     Raises KeyboardInterrupt after a signal, when all heads are saved.
     """
-    from fcache.cache_spec import SpecError, StreamConfig, open_source
+    from fcache.cache_spec import IncompleteError, SpecError, StreamConfig, open_source
     from fcache.cli.interrupts import stop_on_signals
     from fcache.cli.progress import Progress
     from fcache.heads import choose_heads, needed_kinds, needed_levels, train
@@ -128,12 +134,19 @@ def train_from(
     with Progress() as progress, stop_on_signals() as should_stop:
         if info.random_weights:
             progress.note(f"train  the backbone's weights are RANDOM ({info.random_weights})")
+        validation = None
+        try:
+            validation = evaluation_source(reader, evaluation, stream) if evaluation else None
+        except IncompleteError:
+            if not reader.allow_partial:
+                raise
+            progress.note(f"train  nothing of split {evaluation} is committed yet: heads are not scored")
         runs = train(
             open_source(reader, training, stream),
             choices,
             config,
             out=out,
-            validation=evaluation_source(reader, evaluation, stream) if evaluation else None,
+            validation=validation,
             device=device,
             report=progress_of(progress),
             should_stop=should_stop,

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from threading import Barrier, Thread
 
 import pytest
 from cachebuilder import assert_readable_is_exact, group, manifest, write_pending
@@ -167,8 +169,6 @@ def test_a_beat_keeps_a_claim_and_a_stopped_process_learns_that_it_lost_it(folde
 
 
 def test_only_one_of_many_takes_a_stale_claim_over(folder):
-    from threading import Barrier, Thread
-
     for _ in range(20):
         claim_of(folder, elsewhere(), 1000)
         claims, won, barrier = [Claims(folder) for _ in range(8)], [], Barrier(8)
@@ -222,8 +222,6 @@ def test_temporary_files_of_the_dead_are_removed_and_of_the_living_kept(folder):
 
 
 def test_the_folder_of_temporary_files_may_vanish_at_any_time(folder, monkeypatch):
-    from pathlib import Path
-
     made, vanished = Path.mkdir, []
 
     def vanish(self, *args, **kwargs):
@@ -263,3 +261,18 @@ def test_finishing_leaves_nothing_of_the_work_behind(folder):
     other.beat()
     assert not other.holds("train", 2)
     other.release_all()
+
+
+def test_who_takes_over_too_late_gives_the_winners_claim_back(folder, monkeypatch):
+    claim_of(folder, elsewhere(), 1000)
+    slow, quick, renamed = Claims(folder), Claims(folder), Path.rename
+
+    def rename_after_the_other(self, target):
+        monkeypatch.setattr(Path, "rename", renamed)
+        assert quick.acquire("train", 0)
+        return renamed(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_the_other)
+    assert not slow.acquire("train", 0)
+    assert quick.holds("train", 0)
+    assert [p.name for p in (folder / "claims/train").iterdir()] == ["000000.json"]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_every_help_comes_within_0_3_seconds() -> None:
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line) or "fcache")
 def test_help_is_as_recorded(line: list[str], capsys, monkeypatch) -> None:
-    """Delete the file and run twice with FCACHE_UPDATE_GOLDEN=1 after a wanted change."""
+    """After a wanted change run once with FCACHE_UPDATE_GOLDEN=1."""
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*line, "--help"]) == 0
     text = capsys.readouterr().out
@@ -90,6 +91,28 @@ def test_every_command_is_a_module_with_an_option_text() -> None:
         assert command.help
         missing = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
         assert missing == [], name
+
+
+def test_help_names_all_that_can_be_chosen() -> None:
+    """The lists are static, so that help stays fast; this keeps them true."""
+    from fcache.cache_spec import encoding_names
+    from fcache.cli import extract, train_head
+    from fcache.extractor import dataset_names
+    from fcache.extractor.views import view_recipe_names
+    from fcache.heads import head_names, recipe_names
+
+    def words(text: str | None) -> set[str]:
+        return set(re.split(r"[\s,;.:\[\]]+", text or ""))
+
+    def option(name: str) -> set[str]:
+        return next(words(p.help) for p in extract.command.params if isinstance(p, click.Option) and p.name == name)
+
+    epilog = words(train_head.command.epilog)
+    assert set(head_names()) == {word for word in epilog if "/" in word and not word.startswith("runs/")}
+    assert set(recipe_names()) - epilog == set()
+    assert set(view_recipe_names()) - option("view_recipe") == set()
+    assert set(encoding_names()) - option("encoding") == set()
+    assert set(dataset_names()) - option("dataset") == set()
 
 
 def test_version_is_the_package_s(capsys) -> None:

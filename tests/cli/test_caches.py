@@ -7,6 +7,12 @@ from pathlib import Path
 from fcache.cli import main
 
 
+def shard_file(cache: Path, shard: int) -> Path:
+    """The file of the level's codes of a training shard, as its commit names it."""
+    files = json.loads((cache / "commits" / "train" / f"{shard:06d}.json").read_text())["files"]
+    return cache / next(name for name in files if name.startswith("train/level-8/"))
+
+
 def test_info_names_identity_extent_and_sizes(cache: Path, capsys) -> None:
     assert main(["info", str(cache)]) == 0
     out = capsys.readouterr().out
@@ -54,7 +60,7 @@ def test_verify_ends_with_3_when_shards_are_missing(make_cache, tmp_path: Path, 
 
 
 def test_verify_ends_with_4_when_a_byte_is_wrong_and_only_deep_sees_it(cache: Path, capsys) -> None:
-    shard = cache / "train" / "level-8" / "c" / "1" / "0" / "0" / "0"
+    shard = shard_file(cache, 1)
     data = bytearray(shard.read_bytes())
     data[3] ^= 1
     shard.write_bytes(data)
@@ -67,7 +73,7 @@ def test_verify_ends_with_4_when_a_byte_is_wrong_and_only_deep_sees_it(cache: Pa
 
 
 def test_verify_ends_with_4_when_a_shard_file_is_gone(cache: Path, capsys) -> None:
-    (cache / "train" / "level-8" / "c" / "2" / "0" / "0" / "0").unlink()
+    shard_file(cache, 2).unlink()
     assert main(["verify", str(cache)]) == 4
     assert "corrupt train/features shard 2:" in capsys.readouterr().out
 

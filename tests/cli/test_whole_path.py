@@ -206,6 +206,10 @@ def test_an_incomplete_cache_is_refused_and_partial_training_ends_with_3(make_ca
     assert main(line) == 1
     assert "--allow-partial" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+    assert main([*line, "--allow-partial"]) == 3
+    out, err = capsys.readouterr()
+    assert "nothing of split val is committed" in err
+    assert out.splitlines()[1].startswith("linear")
 
 
 def test_compare_prints_a_row_a_head(trained: Path, capsys) -> None:
@@ -252,7 +256,10 @@ def test_evaluate_gives_the_recorded_scores_from_the_cache_and_live(trained: Pat
 
 def test_evaluate_refuses_a_cache_of_other_features(make_cache, trained: Path, tmp_path: Path, capsys) -> None:
     other = make_cache(tmp_path / "other.fcache")
-    assert main(["evaluate", str(trained / "runs" / "linear-seed0"), "--cache", str(other), "--device", "cpu"]) in (2, 5)
+    assert main(["evaluate", str(trained / "runs" / "linear-seed0"), "--cache", str(other), "--device", "cpu"]) in (
+        2,
+        5,
+    )
     assert "fcache: error:" in capsys.readouterr().err
 
 

@@ -55,6 +55,11 @@ def start(root, views):
     return process
 
 
+def run_to_the_end(root, views):
+    with start(root, views) as process:
+        assert process.wait(timeout=120) == 0
+
+
 def committed(root):
     """Bytes and times of all commits and of the files that they name."""
     if not (root / "zarr.json").exists():
@@ -87,7 +92,7 @@ def contents(root):
 def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
     whole = folder / "whole"
     began = time.monotonic()
-    assert start(whole, 2).wait(timeout=120) == 0
+    run_to_the_end(whole, 2)
     seconds = time.monotonic() - began
     reference = contents(whole)
 
@@ -100,11 +105,10 @@ def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
         views = 1
         for _ in range(4):
             before = committed(root)
-            process = start(root, views)
-            time.sleep(rng.uniform(0, 1) ** 2 * seconds)
-            process.kill()
-            killed = process.wait() == -9
-            process.stdout.close()
+            with start(root, views) as process:
+                time.sleep(rng.uniform(0, 1) ** 2 * seconds)
+                process.kill()
+                killed = process.wait() == -9
             kills += killed
             late_kills += killed and bool(before)
             after = snapshot(root)
@@ -118,9 +122,7 @@ def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
                     if any(partial.commits(g, FEATURES) for g in partial.manifest.split(split)):
                         assert_readable_is_exact(partial, split, ())
             views = rng.choice((views, 2))
-        process = start(root, 2)
-        assert process.wait(timeout=120) == 0
-        process.stdout.close()
+        run_to_the_end(root, 2)
         if views == 2 and open_cache(root).manifest.group("train").extents == whole_extents(whole):
             assert contents(root) == reference, "the finished cache differs from an uninterrupted one"
         assert not verify(root, deep=True).faults

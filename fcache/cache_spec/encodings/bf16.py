@@ -1,16 +1,19 @@
 """bf16: the upper half of a float32, round to nearest even, stored as uint16 (zarr has no bfloat16)."""
 
-from fcache.cache_spec.encodings.encoding import Encoding, Part
+from collections.abc import Mapping
+
+from fcache.cache_spec.encodings.encoding import Array, Encoding, Namespace, Part
+from fcache.cache_spec.spec import LevelSpec
 
 
-def _encode(x, level, tables, xp):
+def _encode(x: Array, level: LevelSpec, tables: Mapping[str, Array], xp: Namespace) -> Mapping[str, Array]:
     bits = x.view(xp.int32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     # Through int16: torch has few uint16 kernels, and int32 to int16 keeps the low bits in both namespaces.
     return {"": xp.asarray(rounded, dtype=xp.int16).view(xp.uint16)}
 
 
-def _decode(stored, level, tables, xp):
+def _decode(stored: Mapping[str, Array], level: LevelSpec, tables: Mapping[str, Array], xp: Namespace) -> Array:
     return (xp.asarray(stored[""].view(xp.int16), dtype=xp.int32) << 16).view(xp.float32)
 
 
