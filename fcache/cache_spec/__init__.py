@@ -38,7 +38,9 @@ from fcache.cache_spec.spec import SplitRecipe as SplitRecipe
 from fcache.cache_spec.spec import TargetSpec as TargetSpec
 from fcache.cache_spec.spec import targets_key as targets_key
 from fcache.cache_spec.targets import IGNORE as IGNORE
+from fcache.cache_spec.verify import Fault as Fault
 from fcache.cache_spec.verify import Verified as Verified
+from fcache.cache_spec.verify import make_pending as make_pending
 from fcache.cache_spec.verify import verify as verify
 from fcache.cache_spec.view import View as View
 from fcache.cache_spec.writer import CacheWriter as CacheWriter

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fcache.cache_spec.errors import DataError
-from fcache.cache_spec.files import explained, process_alive
+from fcache.cache_spec.files import explained, partial_path, process_alive
 
 STALE_SECONDS = 120.0
 LOCK_WAIT_SECONDS = 600.0
@@ -124,8 +124,10 @@ class Claims:
         dead = owner.get("host") == socket.gethostname() and not process_alive(int(owner["pid"]))
         if not dead and age < self.stale_seconds:
             return False
-        retired = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        # A temporary file, so that it is cleaned up after if this process is killed right now.
+        retired = partial_path(self.root)
         try:
+            retired.parent.mkdir(exist_ok=True)
             path.rename(retired)
         except FileNotFoundError:
             return True

@@ -56,14 +56,18 @@ def unreadable(path: Path | str, e: OSError) -> DataError | CorruptError:
     return CorruptError(f"{path} cannot be read: {e.strerror}")
 
 
+def partial_path(root: Path) -> Path:
+    """A fresh path for a temporary file of this process inside the cache: renames never cross a file system."""
+    return root / "partial" / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+
+
 def open_partial(root: Path) -> tuple[Path, BinaryIO]:
-    """A new temporary file of this process inside the cache (renames never cross a file system), open for writing."""
-    folder = root / "partial"
-    path = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+    """A new temporary file of this process inside the cache, open for writing."""
+    path = partial_path(root)
     for _ in range(1000):
         # A process that finishes removes the folder while it is empty, perhaps between these two steps.
         with suppress(FileNotFoundError):
-            folder.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             return path, path.open("xb")
     raise DataError(f"cannot write {path}: the cache was removed")
 
@@ -79,7 +83,7 @@ def remove_orphans(root: Path) -> int:
     for name in names:
         host, _, rest = name.partition("~")
         pid = rest.partition("~")[0]
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if host == socket.gethostname() and pid.isdecimal():
                 orphaned = not process_alive(int(pid))
             else:

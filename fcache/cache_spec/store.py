@@ -107,7 +107,7 @@ def create_or_grow(root: Path, wanted: Manifest) -> Manifest:
 
 def _check_empty(root: Path) -> None:
     # The folder of manifests is the first thing in a new cache: with it, this is a creation that was interrupted.
-    names = sorted(p.name for p in root.iterdir() if not p.name.startswith("lock") and p.name != "partial")
+    names = sorted(p.name for p in root.iterdir() if p.name not in ("lock", "partial"))
     if names and "manifest" not in names:
         raise SpecError(f"{root} is not empty and no cache (it holds {', '.join(names[:5])}); choose another")
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from fcache.cache_spec.commits import Commit, commit_path, read_commit
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import unreadable
+from fcache.cache_spec.files import explained, sync_folder, unreadable
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
 from fcache.cache_spec.store import GROUP_NODE, read_manifest, zarr_nodes
@@ -70,6 +70,22 @@ def verify(root: Path, *, deep: bool = False, report: Callable[[int, int], None]
             if report is not None:
                 report(done, len(jobs))
     return Verified(len(jobs), committed, size, tuple(faults))
+
+
+def make_pending(root: Path, faults: Iterable[Fault]) -> int:
+    """Removes the commits of corrupt shards, so that the next extraction writes them again; returns how many.
+
+    Faults of metadata have no shard: opening the cache for writing restores what is not as written.
+    """
+    removed = 0
+    for fault in faults:
+        if fault.kind == "corrupt" and fault.shard >= 0:
+            path = root / commit_path(fault.group, fault.part, fault.shard)
+            with explained(path):
+                path.unlink(missing_ok=True)
+                sync_folder(path.parent)
+            removed += 1
+    return removed
 
 
 def _metadata_faults(root: Path, manifest: Manifest) -> list[Fault]:

@@ -42,6 +42,7 @@ class Package:
 PACKAGES = (
     Package("click>=8.2", "the command line"),
     Package("dask>=2025.1", "extraction on a cluster"),
+    Package("google-crc32c>=1.5", "checks of shard indexes"),
     Package("numcodecs>=0.16", "compressed arrays"),
     Package("numpy>=2", "arrays"),
     Package("pillow>=11", "reading photos"),

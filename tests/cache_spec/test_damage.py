@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from cachebuilder import group, manifest, target, write_pending, write_shard
+from cachebuilder import group, manifest, snapshot, target, write_pending, write_shard
 
 from fcache.cache_spec import (
     CorruptError,
@@ -16,6 +16,7 @@ from fcache.cache_spec import (
     IncompleteError,
     StreamConfig,
     digest,
+    make_pending,
     open_cache,
     open_source,
     open_writer,
@@ -231,14 +232,26 @@ def test_stray_files_do_not_count(root):
     assert not verify(root, deep=True).faults
 
 
-def test_repairing_means_removing_the_commit_and_writing_again(root):
+def test_damage_is_repaired_by_making_its_shards_pending_and_writing_them_again(root, sound):
     flip(root / LEVEL, 50)
-    fault = one_fault(root, deep=True)
-    (root / commit_path(fault.group, fault.part, fault.shard)).unlink()
+    (root / "train/targets/instances/boxes/c.0.0.0").unlink()
+    (root / commit_path("train", "semantic", 1)).write_text("{")
+    (root / "train/level-8/zarr.json").write_text("{}")
+    faults = verify(root, deep=True).faults
+    assert [(f.part, f.shard) for f in faults] == [
+        ("features", -1), ("features", 1), ("semantic", 1), ("instances", 0),
+    ]  # fmt: skip
+    assert make_pending(root, faults) == 3
+    assert {f.kind for f in verify(root, deep=True).faults if f.shard >= 0} == {"missing"}
     writer = open_writer(root, manifest(group(samples=6, shard_records=3), kinds=KINDS))
-    (shard,) = writer.pending()
-    write_shard(writer, shard)
+    assert [(s.index, part) for part in writer.manifest.parts() for s in writer.pending(part)] == [
+        (1, "features"), (1, "semantic"), (0, "instances"),
+    ]  # fmt: skip
+    write_pending(writer)
+    writer.finish()
     assert not verify(root, deep=True).faults
+    files = {n: data for n, (data, _) in snapshot(root).items() if not n.startswith("commits/")}
+    assert files == {n: data for n, (data, _) in snapshot(sound).items() if n in files}
 
 
 def test_verifying_counts_and_reports_progress(root):

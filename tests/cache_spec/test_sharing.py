@@ -276,3 +276,4 @@ def test_who_takes_over_too_late_gives_the_winners_claim_back(folder, monkeypatc
     assert not slow.acquire("train", 0)
     assert quick.holds("train", 0)
     assert [p.name for p in (folder / "claims/train").iterdir()] == ["000000.json"]
+    assert not list((folder / "partial").iterdir())

@@ -187,7 +187,9 @@ def test_a_missing_module_of_fcache_itself_is_a_bug(failing, capsys) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_any_command_with_130(number: signal.Signals) -> None:
     program = (
-        "import sys, time, click\nfrom fcache.cli import app\n"
+        "import signal, sys, time, click\nfrom fcache.cli import app\n"
+        # As in a terminal: a background job of a shell inherits a SIGINT that is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(): print('ready', flush=True); time.sleep(60)\n"
         "app._Group.get_command = lambda *_: click.Command('ls', callback=wait)\n"
         "sys.exit(app.main(['ls']))\n"
@@ -196,9 +198,13 @@ def test_a_signal_ends_any_command_with_130(number: signal.Signals) -> None:
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert err.strip() == "fcache: error: interrupted"
 

@@ -297,11 +297,15 @@ def interrupted(line: Sequence[str], ready: str, number: signal.Signals) -> subp
     process = subprocess.Popen([sys.executable, "-m", "fcache.cli", *line], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines: list[str] = []
-    while ready not in "".join(lines[-1:]):
-        lines.append(process.stderr.readline())
-        assert lines[-1], lines
-    process.send_signal(number)
-    rest = process.communicate(timeout=120)[1]
+    try:
+        while ready not in "".join(lines[-1:]):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+        process.wait()
     return subprocess.CompletedProcess(list(line), process.returncode, "", "".join(lines) + rest)
 
 
