@@ -40,7 +40,9 @@ def main() -> None:
             times[name].append(seconds(*arguments))
     medians = {name: statistics.median(values) for name, values in times.items()}
     empty = medians["empty process"]
-    text = f"{rounds} interleaved rounds, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today()}\n\n"
+    text = (
+        f"{rounds} interleaved rounds, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today()}\n\n"
+    )
     text += "| `--help` of | s | times an empty process |\n|---|---|---|\n"
     text += "".join(f"| {name} | {s:.3f} | {s / empty:.1f} |\n" for name, s in medians.items())
     RESULTS.mkdir(exist_ok=True)

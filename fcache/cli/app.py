@@ -27,6 +27,7 @@ COMMANDS = {
     "info": "Show what a cache or a run holds.",
     "ls": "List the caches and runs below a folder.",
     "verify": "Check that a cache is complete and unharmed.",
+    "repair": "Make damaged shards pending, so that extract makes them anew.",
     "doctor": "Check this machine and say what to do about each problem.",
 }
 

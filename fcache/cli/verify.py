@@ -46,7 +46,7 @@ def command(cache: str, deep: bool, as_json: bool) -> int:
         click.echo(f"{result.committed} of {result.parts} parts of shards committed, {size(result.bytes)} ({how})")
     if result.corrupt:
         raise CorruptError(
-            f"{cache}: {len(result.corrupt)} parts of shards are corrupt; delete their records below {cache}/commits "
-            "and run the same `fcache extract` again, which makes only those anew"
+            f"{cache}: {len(result.corrupt)} parts of shards are corrupt; run `fcache repair {cache}`, then the "
+            "`fcache extract` that made it"
         )
     return PARTIAL if result.missing else 0

@@ -92,7 +92,7 @@ def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> It
         num_workers=workers,
         multiprocessing_context="forkserver",
         worker_init_fn=_one_thread,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # type: ignore[arg-type]
         prefetch_factor=4,
     )
     yield from loader

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,7 +110,7 @@ def _quarantined(writer: CacheWriter) -> dict[str, str]:
 
 
 @contextmanager
-def _heartbeat(writer: CacheWriter) -> Iterator[None]:
+def _heartbeat(writer: CacheWriter) -> Generator[None]:
     """Keeps the claims alive from a thread: a batch, or loading weights, may take longer than a claim lasts."""
     done = threading.Event()
 
