@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -16,15 +17,43 @@ from fcache.extractor import Job, extract
 from fcache.extractor.scenes import write_scenes
 from tests.extractor.conftest import contents
 
+# A server that has imported everything once: its children start at once.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fcache.extractor"])
 FULL = os.environ.get("FCACHE_TORTURE") == "full"
 KILLS = 200 if FULL else 20
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "torture_extraction_kills.json"
 
 
-def _extract(job: Job) -> None:
+def _extract(job: Job, working: Event) -> None:
     torch.set_num_threads(1)
-    # A little slower than real, so that kills fall into every phase of a shard.
-    extract(job, report=lambda event: time.sleep(0.004))
+
+    def report(event: object) -> None:
+        working.set()
+        # A little slower than real, so that kills fall into every phase of a shard.
+        time.sleep(0.004)
+
+    extract(job, report=report)
+
+
+def _run_and_kill(job: Job, *, seconds: float, choose: random.Random) -> bool:
+    """Extracts in a process that is killed after a random time, of work mostly, of starting now and then.
+
+    Returns whether it was killed; False: it finished before.
+    """
+    working = CONTEXT.Event()
+    process = CONTEXT.Process(target=_extract, args=(job, working))
+    process.start()
+    while choose.random() < 0.8 and process.is_alive() and not working.is_set():
+        working.wait(60)
+    process.join(choose.uniform(0, seconds))
+    killed = process.is_alive()
+    if killed:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert killed or process.exitcode == 0
+    return killed
 
 
 def _commits(root: Path) -> dict[Path, int]:
@@ -37,33 +66,30 @@ def test_an_extraction_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp
         model="mobilenetv2_050", dataset="ade20k", root=tmp_path / "data", cache=tmp_path / "whole",
         weights="random:0", views=2, view_recipe="ade20k-small", input_size=(32, 32), shard_records=2, batch_size=2,
     )  # fmt: skip
-    started = time.monotonic()
-    extract(whole, report=lambda event: time.sleep(0.004))
-    expected, duration = contents(whole.cache), time.monotonic() - started
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fcache.extractor"])
+    starts: list[float] = []
+
+    def report(event: object) -> None:
+        starts.append(time.monotonic())
+        time.sleep(0.004)
+
+    extract(whole, report=report)
+    expected, seconds = contents(whole.cache), starts[-1] - starts[0]
     choose, kills, after_commits, caches = random.Random(0), 0, 0, 0
     while kills < KILLS:
         caches += 1
         job = replace(whole, cache=tmp_path / f"cache-{caches}")
-        while True:
-            before = _commits(job.cache)
-            process = context.Process(target=_extract, args=(job,))
-            process.start()
-            process.join(choose.uniform(0.05, 0.6 * duration) if kills < KILLS else None)
-            if not process.is_alive():
-                assert process.exitcode == 0
-                break
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        before = _commits(job.cache)
+        while kills < KILLS and _run_and_kill(job, seconds=seconds, choose=choose):
             kills += 1
             after = _commits(job.cache)
             # What was committed is never written again, and what counts as committed is whole.
             assert before.items() <= after.items()
             after_commits += len(after) > len(before)
+            before = after
             if (job.cache / "zarr.json").exists():
                 assert verify(job.cache, deep=True).corrupt == ()
+        extract(job, report=report)
+        assert before.items() <= _commits(job.cache).items()
         assert contents(job.cache) == expected
     assert after_commits >= KILLS // 5
     if FULL:
