@@ -1,11 +1,8 @@
 """Access to the records of one array: shard files opened once, mapped or read by position."""
 
-import ctypes
-import mmap
 import os
 import resource
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.errors import CorruptError, IncompleteError, SpecError
 from fcache.cache_spec.files import unreadable
+from fcache.cache_spec.mapping import copy_words, map_file, on_disk
 from fcache.cache_spec.shardfile import ABSENT, decode_zstd, index_size, parse_index, shard_key
 
 MODES = ("auto", "mmap", "pread")
@@ -23,6 +21,8 @@ NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "f
 OPEN_MAPS = 32768
 # Tables with records up to this size (index, counts, labels) are read whole and kept: they are small, and many.
 HELD_RECORD_BYTES = 256
+# Below this a page fault costs no more than asking whether there will be one.
+PROBED_BYTES = 1 << 16
 
 
 def choose_mode(root: Path, mode: str) -> str:
@@ -54,41 +54,13 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-_MAP_FAILED = ctypes.c_void_p(-1).value
-PAGE = mmap.PAGESIZE
-# Below this a page fault costs no more than asking whether there will be one.
-PROBED_BYTES = 1 << 16
-
-
-def _map(fd: int, size: int) -> np.ndarray:
-    """A file mapped for reading, uint8, unmapped when the last view of it is gone.
-
-    Python's own `mmap` keeps a descriptor for every map, so that a thousand shards exhaust the usual limit.
-    """
-    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == _MAP_FAILED:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    buffer = (ctypes.c_uint8 * size).from_address(address)
-    # Not at exit: threads may still copy, and the process gives everything back anyway.
-    weakref.finalize(buffer, _LIBC.munmap, address, size).atexit = False
-    mapped = np.ctypeslib.as_array(buffer)
-    mapped.flags.writeable = False
-    return mapped
-
-
-def copy_bytes(source: np.ndarray, out: np.ndarray) -> None:
-    """Copies uint8 [n] to uint8 [n]."""
-    if len(out) % 8:
-        np.copyto(out, source)
-        return
-    # The identity of words is a vector loop. `copyto` calls memcpy, which below the size of the second-level cache
-    # takes `rep movsb`: from page-cache pages that is 1.8 times slower (AMD EPYC, glibc 2.36).
-    np.positive(source.view(np.uint64), out=out.view(np.uint64))
+def _regular(data: np.ndarray, index: np.ndarray, spec: ArraySpec) -> np.ndarray:
+    """The uncompressed records of a file as words [n, words]: of the first n slots, if these are all that it holds."""
+    n, size = int((index[:, 0] != ABSENT).sum()), spec.record_bytes
+    expected = np.stack([np.arange(n, dtype="<u8") * size, np.full(n, size, dtype="<u8")], axis=1)
+    if spec.compression != "none" or size % 8 or not np.array_equal(index[:n], expected):
+        return np.empty((0, 0), dtype=np.uint64)
+    return data[: n * size].reshape(n, size).view(np.uint64)
 
 
 class _OpenShard:
@@ -98,6 +70,8 @@ class _OpenShard:
         self.name, self.fd = path, -1
         self.bytes: np.ndarray | None = None
         self.address = 0
+        # Mapped records [n, words] where they lie in the order of their slots and have equal sizes, else none.
+        self.words = np.empty((0, 0), dtype=np.uint64)
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._load(spec, slots, expected, how)
@@ -127,8 +101,9 @@ class _OpenShard:
             self._pread(0, held)
             self.bytes = held
         elif how == "mmap":
-            self.bytes = _map(self.fd, size)
+            self.bytes = map_file(self.fd, size)
             self.address = self.bytes.ctypes.data
+            self.words = _regular(self.bytes, index, spec)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -146,8 +121,12 @@ class _OpenShard:
         offset, length = self.offsets[slot], self.lengths[slot]
         if offset == ABSENT or length != len(out):
             raise self._wrong(slot, len(out))
-        if self.bytes is not None and not (probe and self._on_disk(offset, length)):
-            copy_bytes(self.bytes[offset : offset + length], out)
+        if self.bytes is not None and not (probe and length >= PROBED_BYTES and on_disk(self.address + offset, length)):
+            source = self.bytes[offset : offset + length]
+            if length % 8:
+                np.copyto(out, source)
+            else:
+                copy_words(source.view(np.uint64), out.view(np.uint64))
             return False
         self._pread(offset, out)
         return True
@@ -172,14 +151,6 @@ class _OpenShard:
     def _wrong(self, slot: int, expected: int) -> CorruptError:
         found = "is absent" if self.offsets[slot] == ABSENT else f"has {self.lengths[slot]} bytes"
         return CorruptError(f"{self.name}: record {slot} {found}, expected {expected} bytes; run `fcache repair`")
-
-    def _on_disk(self, offset: int, length: int) -> bool:
-        """Whether a mapped record is not in memory, judged by the page in its middle."""
-        if length < PROBED_BYTES:
-            return False
-        found = ctypes.create_string_buffer(1)
-        page = (self.address + offset + length // 2) // PAGE * PAGE
-        return _LIBC.mincore(page, PAGE, found) == 0 and not found.raw[0] & 1
 
     def _pread(self, offset: int, out: np.ndarray) -> None:
         # A map has no descriptor: a record that is on disk only is worth opening the file again, because page faults
@@ -236,7 +207,11 @@ class ArrayAccess:
     ) -> None:
         self.spec, self.dtype = spec, np.dtype(spec.dtype)
         self._folder, self._sizes, self._shards, self._shard_records = folder, sizes, shards, shard_records
-        self._held: dict[int, np.ndarray] | None = {} if is_held(spec) else None
+        # All shards of an array that is held, one after another, and which of them were read.
+        self._held: np.ndarray | None = None
+        self._read: set[int] = set()
+        if is_held(spec):
+            self._held = np.empty(((max(sizes, default=-1) + 1) * shard_records, *spec.shape), dtype=self.dtype)
 
     def read_into(self, records: Sequence[int], out: np.ndarray) -> None:
         """Copies records into the rows of `out`, C-contiguous, [len(records), *spec.shape] of the spec's type.
@@ -244,22 +219,27 @@ class ArrayAccess:
         Raises IncompleteError for a record of a shard that is not committed, CorruptError for a damaged one.
         """
         if self._held is not None:
-            for i, record in enumerate(records):
-                shard, slot = divmod(record, self._shard_records)
-                out[i] = (self._held[shard] if shard in self._held else self._hold(shard))[slot]
+            for record in records:
+                if record // self._shard_records not in self._read:
+                    self._hold(record // self._shard_records, self._held)
+            out[...] = self._held[records]
             return
         files: dict[int, _OpenShard] = {}
         zstd, probe = self.spec.compression == "zstd", True
-        for record, row in zip(records, out.reshape(len(records), -1).view(np.uint8), strict=True):
+        rows = out.reshape(len(records), -1).view(np.uint8)
+        words = rows.view(np.uint64) if rows.shape[1] % 8 == 0 else None
+        for i, record in enumerate(records):
             shard, slot = divmod(record, self._shard_records)
             file = files.get(shard)
             if file is None:
                 file = files[shard] = self._open(shard)
-            if zstd:
-                file.decode(slot, row)
+            if words is not None and not probe and slot < len(file.words):
+                copy_words(file.words[slot], words[i])
+            elif zstd:
+                file.decode(slot, rows[i])
             else:
                 # Asking costs some microseconds: if the first record of a batch is in memory, so are the others.
-                probe = file.read(slot, row, probe=probe)
+                probe = file.read(slot, rows[i], probe=probe)
 
     def read(self, record: int) -> np.ndarray:
         """One record as a new array."""
@@ -267,10 +247,10 @@ class ArrayAccess:
         self.read_into([record], out)
         return out[0]
 
-    def _hold(self, shard: int) -> np.ndarray:
-        assert self._held is not None
-        self._held[shard] = self._open(shard).table(self.spec)
-        return self._held[shard]
+    def _hold(self, shard: int, held: np.ndarray) -> None:
+        first = shard * self._shard_records
+        held[first : first + self._shard_records] = self._open(shard).table(self.spec)
+        self._read.add(shard)
 
     def _open(self, shard: int) -> _OpenShard:
         if shard not in self._sizes:
