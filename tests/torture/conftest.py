@@ -8,17 +8,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+T = TypeVar("T")
 FULL = os.environ.get("FCACHE_TORTURE") == "full"
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 @pytest.fixture
-def rounds() -> Callable[[int, int], int]:
-    """A function that picks the count: the small one, or the full one."""
-    return lambda few, all_of_them: all_of_them if FULL else few
+def rounds() -> Callable[[T, T], T]:
+    """A function that picks how much: the little, or the full."""
+    return lambda little, full: full if FULL else little
 
 
 @pytest.fixture
