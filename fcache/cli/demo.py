@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 RECIPE = "demo-small"
-HEADS = ("linear", "upernet", "upernet:aux=true")
+HEADS = ("linear", "upernet", "upernet:norm_inputs=true")
 TRAIN, VAL, SIZE = 96, 24, (128, 160)
 
 

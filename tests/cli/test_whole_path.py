@@ -360,7 +360,7 @@ def test_the_demo_trains_three_heads_and_names_its_weights(tmp_path: Path, capsy
     line = ["demo", "--out", str(tmp_path / "out"), "--model", "test_resnet", "--device", "cpu"]
     assert main(line) == 0
     out = capsys.readouterr().out
-    assert {"linear", "upernet", "upernet:aux=true"} <= {text.split()[0] for text in out.splitlines() if text}
+    assert {"linear", "upernet", "upernet:norm_inputs=true"} <= {text.split()[0] for text in out.splitlines() if text}
     assert "weights random:0 (RANDOM)" in out
     overlay = next(text.split(maxsplit=1)[1] for text in out.splitlines() if text.startswith("overlay"))
     assert Path(overlay).is_file()
