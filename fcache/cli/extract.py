@@ -37,12 +37,12 @@ def command(dry_run: bool, **options: Any) -> int:
 
     job = parse_job(options)
     if dry_run:
-        from fcache.cli.plan import NO_SPACE, fits, show_plan
+        from fcache.cli.plan import NO_SPACE, show_plan
         from fcache.extractor import plan
 
         found = plan(job)
         click.echo(show_plan(found))
-        return 0 if fits(found) else NO_SPACE
+        return 0 if found.fits else NO_SPACE
     from fcache.extractor import Stopped, extract
 
     with Progress() as progress, stop_on_signals() as should_stop:

@@ -35,16 +35,11 @@ def command(as_json: bool, no_time: bool, **options: Any) -> int:
     found = plan(parse_job(options), measure=not no_time)
     if as_json:
         totals = {"records": found.records, "pending_records": found.pending_records, "bytes": found.bytes}
-        totals |= {"pending_bytes": found.pending_bytes, "fits": fits(found)}
+        totals |= {"pending_bytes": found.pending_bytes, "fits": found.fits}
         click.echo(json.dumps(asdict(found) | totals, indent=2, default=str))
     else:
         click.echo(show_plan(found))
-    return 0 if fits(found) else NO_SPACE
-
-
-def fits(plan: "Plan") -> bool:
-    """Whether what is still to write has room."""
-    return plan.pending_bytes <= plan.free_bytes
+    return 0 if found.fits else NO_SPACE
 
 
 def show_plan(plan: "Plan") -> str:
@@ -78,7 +73,7 @@ def show_plan(plan: "Plan") -> str:
         pairs.append(("time", f"{duration(plan.seconds)} at {rate:.3g} records/s on this machine"))
     text = fields(pairs) + "\n\n"
     text += table(["split", "samples", "views", "records", "to do", "shards", "input", "size"], rows)
-    return text if fits(plan) else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
+    return text if plan.fits else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
 
 
 def _canvases(sizes: tuple[tuple[int, int], ...]) -> str:

@@ -25,7 +25,7 @@ from fcache.extractor.events import (
 )
 from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
-from fcache.extractor.plan import Plan, plan_of
+from fcache.extractor.plan import RESERVE_BYTES, Plan, plan_of
 from fcache.extractor.prepare import Prepared, prepare
 from fcache.extractor.recheck import backbone_fingerprint, recheck
 from fcache.extractor.work import Task, claimed, tasks_of
@@ -84,11 +84,12 @@ def extract(
 
 
 def check_space(plan: Plan) -> None:
-    """Raises NoSpaceError if what is pending does not fit on the disk, with a reserve of 64 MiB."""
-    if plan.pending_bytes + (64 << 20) > plan.free_bytes:
+    """Raises NoSpaceError if what is pending does not fit on the disk."""
+    if not plan.fits:
         raise NoSpaceError(
-            f"{plan.pending_bytes / 1e9:.2f} GB are needed at {plan.cache}, {plan.free_bytes / 1e9:.2f} GB are free; "
-            "free some space, or extract fewer levels (--levels), views (--views) or samples (--subset)"
+            f"{plan.pending_bytes / 1e6:.0f} MB and a reserve of {RESERVE_BYTES / 1e6:.0f} MB are needed at "
+            f"{plan.cache}, {plan.free_bytes / 1e6:.0f} MB are free; free some space, or extract fewer levels "
+            "(--levels), views (--views) or samples (--subset)"
         )
 
 

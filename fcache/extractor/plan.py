@@ -18,6 +18,9 @@ from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
 from fcache.extractor.prepare import Prepared, prepare
 
+# Room for what the plan does not count: targets, indices, commits.
+RESERVE_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class SplitPlan:
@@ -70,6 +73,11 @@ class Plan:
     def pending_bytes(self) -> int:
         """Bytes that are still to write."""
         return sum(s.pending_bytes for s in self.splits)
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is still to write, and a reserve, has room."""
+        return self.pending_bytes == 0 or self.pending_bytes + RESERVE_BYTES <= self.free_bytes
 
 
 def plan(job: Job, *, measure: bool = True) -> Plan:

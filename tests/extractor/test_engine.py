@@ -279,9 +279,18 @@ def test_no_space_is_found_before_anything_is_written(make_job: MakeJob, monkeyp
     job = make_job()
     usage = shutil.disk_usage(job.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64_000_000))
-    with pytest.raises(NoSpaceError, match="needed"):
+    with pytest.raises(NoSpaceError, match="0 MB and a reserve of 67 MB are needed .* 64 MB are free"):
         extract(job, report=quiet)
     assert not job.cache.exists()
+
+
+def test_a_finished_extraction_needs_no_space(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    extract(job, report=quiet)
+    usage = shutil.disk_usage(job.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert plan(job).fits
+    assert extract(job, report=quiet).shards == 0
 
 
 def test_another_fingerprint_is_accepted_only_if_it_computes_equal_numbers(
