@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from fcache.cache_spec import CacheWriter, DataError, NoSpaceError, ShardWriter, index_arrays, open_writer
-from fcache.cache_spec.commits import read_commits
+from fcache.cache_spec import CacheWriter, DataError, NoSpaceError, ShardWriter, index_arrays, open_cache, open_writer
 from fcache.cache_spec.layout import FEATURES
 from fcache.extractor.decoding import Decoded, decode
 from fcache.extractor.encode import LevelFacts, encode_batch
@@ -61,14 +60,15 @@ def extract(
     """
     started = time.monotonic()
     prepared = prepare(job)
-    check_space(plan_of(prepared))
+    plan = plan_of(prepared)
+    check_space(plan)
     writer = open_writer(job.cache, prepared.wanted)
     with _heartbeat(writer):
         try:
             tasks = tasks_of(writer, prepared)
             recheck(writer, prepared, tasks)
             run = _Run(prepared, writer, report, should_stop, started)
-            run.announce(tasks)
+            run.announce(tasks, plan)
             while tasks:
                 run.do(tasks)
                 tasks = tasks_of(writer, prepared)
@@ -80,7 +80,9 @@ def extract(
             writer.claims.release_all()
     if pending == 0:
         writer.finish()
-    return ExtractResult(run.shards, run.records, time.monotonic() - started, _quarantined(writer), pending)
+    reader = open_cache(job.cache, allow_partial=True)
+    quarantined = {i: reason for split in reader.splits for i, reason in reader.quarantined(split).items()}
+    return ExtractResult(run.shards, run.records, time.monotonic() - started, quarantined, pending)
 
 
 def check_space(plan: Plan) -> None:
@@ -99,15 +101,6 @@ def _wait(should_stop: Callable[[], bool]) -> None:
         if should_stop():
             raise Stopped
         time.sleep(0.1)
-
-
-def _quarantined(writer: CacheWriter) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for group in writer.manifest.groups:
-        for part in writer.manifest.parts():
-            for commit in read_commits(writer.root, group.path, part).values():
-                found.update(commit.quarantined)
-    return found
 
 
 @contextmanager
@@ -150,9 +143,8 @@ class _Run:
     records: int = 0
     total: int = 0
 
-    def announce(self, tasks: list[Task]) -> None:
+    def announce(self, tasks: list[Task], plan: Plan) -> None:
         """Reports what is to do."""
-        plan = plan_of(self.prepared)
         self.total = sum(len(t.requests) for t in tasks)
         self.report(ExtractionStarted(self.total, plan.records - plan.pending_records, plan.pending_bytes))
 

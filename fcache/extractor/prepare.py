@@ -9,10 +9,17 @@ from typing import Any
 from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SplitRecipe, subset_ids, to_json
 from fcache.cache_spec.layout import choose_shard_records, record_bytes
 from fcache.extractor.backbones import Backbone, load_backbone
-from fcache.extractor.datasets import DatasetSplit, find_dataset, open_split
+from fcache.extractor.datasets import DatasetSplit, open_split
 from fcache.extractor.decoding import Decoder
 from fcache.extractor.job import Job
-from fcache.extractor.views import ViewRecipe, canvas, find_view_recipe, truth_bytes_limit, with_input_size
+from fcache.extractor.views import (
+    ViewRecipe,
+    canvas,
+    default_recipe,
+    find_view_recipe,
+    truth_bytes_limit,
+    with_input_size,
+)
 
 # An evaluation sample whose header cannot be read has no size; it waits, quarantined, in this image's bucket.
 UNKNOWN_SIZE = (256, 256)
@@ -43,7 +50,7 @@ class Prepared:
 
 def find_recipe(job: Job) -> ViewRecipe:
     """The view recipe of a job: its own or the dataset's usual one, at the job's input size."""
-    recipe = find_view_recipe(job.view_recipe or find_dataset(job.dataset).view_recipe)
+    recipe = find_view_recipe(job.view_recipe) if job.view_recipe else default_recipe(job.dataset)
     return recipe if job.input_size is None else with_input_size(recipe, job.input_size)
 
 
