@@ -1,5 +1,6 @@
 """The cache: identity, arrays, encodings, views, writer and reader. The contract between extractor and heads."""
 
+from fcache.cache_spec.access import ReadOptions as ReadOptions
 from fcache.cache_spec.arrays import ArraySpec as ArraySpec
 from fcache.cache_spec.block import Block as Block
 from fcache.cache_spec.block import BlockSource as BlockSource
@@ -37,6 +38,8 @@ from fcache.cache_spec.spec import LevelSpec as LevelSpec
 from fcache.cache_spec.spec import SplitRecipe as SplitRecipe
 from fcache.cache_spec.spec import TargetSpec as TargetSpec
 from fcache.cache_spec.spec import targets_key as targets_key
+from fcache.cache_spec.storage import Storage as Storage
+from fcache.cache_spec.storage import open_storage as open_storage
 from fcache.cache_spec.targets import IGNORE as IGNORE
 from fcache.cache_spec.verify import Fault as Fault
 from fcache.cache_spec.verify import Verified as Verified

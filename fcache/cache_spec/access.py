@@ -5,6 +5,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fcache.cache_spec.errors import CorruptError, IncompleteError, SpecError
 from fcache.cache_spec.files import unreadable
 from fcache.cache_spec.mapping import copy_words, map_file, on_disk
 from fcache.cache_spec.shardfile import ABSENT, decode_zstd, index_size, parse_index, shard_key
+from fcache.cache_spec.storage import Storage
 
 MODES = ("auto", "mmap", "pread")
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse", "9p", "glusterfs", "afs")
@@ -23,6 +25,13 @@ OPEN_MAPS = 32768
 HELD_RECORD_BYTES = 256
 # Below this a page fault costs no more than asking whether there will be one.
 PROBED_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read: `mode` is "mmap" (a file cut short under a map kills the process), "pread" or "auto"."""
+
+    mode: str = "auto"
 
 
 def choose_mode(root: Path, mode: str) -> str:
@@ -174,8 +183,10 @@ class _OpenShard:
 class OpenShards:
     """The shard files that one reader keeps open; the least recently used are closed beyond a limit. Thread-safe."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, storage: Storage, options: ReadOptions) -> None:
+        root = storage.path()
+        assert root is not None
+        self.mode = mode = choose_mode(root, options.mode)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = OPEN_MAPS if soft == resource.RLIM_INFINITY else max(16, soft // 2)
         self._limit = OPEN_MAPS if mode == "mmap" else min(OPEN_MAPS, files)
@@ -203,10 +214,18 @@ class ArrayAccess:
     """Reads records of one array of one group into buffers; safe to use from several threads."""
 
     def __init__(
-        self, folder: Path, spec: ArraySpec, *, shard_records: int, sizes: dict[int, int], shards: OpenShards
+        self,
+        storage: Storage,
+        folder: str,
+        spec: ArraySpec,
+        *,
+        shard_records: int,
+        sizes: dict[int, tuple[int, str]],
+        shards: OpenShards,
     ) -> None:
         self.spec, self.dtype = spec, np.dtype(spec.dtype)
-        self._folder, self._sizes, self._shards, self._shard_records = folder, sizes, shards, shard_records
+        self._folder, self._sizes = storage.path(folder), sizes
+        self._shards, self._shard_records = shards, shard_records
         # All shards of an array that is held, one after another, and which of them were read.
         self._held: np.ndarray | None = None
         self._read: set[int] = set()
@@ -256,4 +275,4 @@ class ArrayAccess:
         if shard not in self._sizes:
             raise IncompleteError(f"shard {shard} of {self._folder} is not committed; run the same `fcache extract`")
         path = f"{self._folder}/{shard_key(self.spec, shard)}"
-        return self._shards.get(path, self.spec, self._shard_records, self._sizes[shard])
+        return self._shards.get(path, self.spec, self._shard_records, self._sizes[shard][0])

@@ -1,7 +1,10 @@
 """Claims: which process works on which shard, so that any number of processes share one cache.
 
-A claim is an exclusively created file with host, pid, a token and a heartbeat (its modification time). Claims only save
-work: two processes on one shard would publish equal bytes. The lock for creating and growing a cache is one, too.
+A claim is an exclusively created file with host, pid, a token and a heartbeat (its time). Claims only save work: two
+processes on one shard would publish equal bytes. The lock for creating and growing a cache is one, too.
+
+Clocks jump, and those of hosts differ: the age of a claim alone never takes it from its holder. It must also be seen to
+rest for a while, measured by this process's own monotonic clock.
 """
 
 import json
@@ -9,143 +12,150 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fcache.cache_spec.errors import DataError
-from fcache.cache_spec.files import explained, partial_path, process_alive
+from fcache.cache_spec.errors import CorruptError, DataError
+from fcache.cache_spec.files import process_alive
+from fcache.cache_spec.storage import Storage
 
 STALE_SECONDS = 120.0
 LOCK_WAIT_SECONDS = 600.0
+LOCK = "lock"
 
 
 @dataclass
 class Claims:
     """The claims of this process in one cache; `release_all` when done."""
 
-    root: Path
+    storage: Storage
     stale_seconds: float = STALE_SECONDS
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    held: set[Path] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
+    _seen: dict[str, "_Seen"] = field(default_factory=dict)
 
     def acquire(self, group: str, shard: int) -> bool:
         """Claims a shard; False if a living process holds it. A stale claim is taken over."""
-        return self._take(self._path(group, shard))
+        return self._take(claim_name(group, shard))
 
     def holds(self, group: str, shard: int) -> bool:
         """Whether the shard is still ours: a process that was stopped for long finds its claim taken over."""
-        return self._ours(self._path(group, shard))
+        return self._ours(claim_name(group, shard))
 
     def beat(self) -> None:
         """Renews the heartbeat of all held claims; call it at least every quarter of `stale_seconds`."""
-        for path in tuple(self.held):
-            if self._ours(path):
-                with suppress(FileNotFoundError):
-                    os.utime(path)
+        for name in tuple(self.held):
+            if self._ours(name):
+                self.storage.touch(name)
 
     def release(self, group: str, shard: int) -> None:
         """Gives a shard back."""
-        self._give_back(self._path(group, shard))
+        self._give_back(claim_name(group, shard))
 
     def release_all(self) -> None:
         """Gives everything back."""
-        for path in tuple(self.held):
-            self._give_back(path)
+        for name in tuple(self.held):
+            self._give_back(name)
 
     @contextmanager
     def lock(self, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> Generator[None]:
         """Holds the cache's only lock; waits for a living holder. Raises DataError after `wait_seconds`."""
-        path, started = self.root / "lock", time.monotonic()
-        while not self._take(path):
+        started = time.monotonic()
+        while not self._take(LOCK):
             if time.monotonic() - started > wait_seconds:
                 raise DataError(
-                    f"{path} is held by another process ({_owner(path)}) that creates or grows this cache; stop it, or "
-                    "remove the file if it is gone"
+                    f"{self.storage.url}/{LOCK} is held by another process ({self._owner(LOCK)}) that creates or grows "
+                    "this cache; stop it, or remove the file if it is gone"
                 )
             time.sleep(0.05)
         try:
             yield
         finally:
-            self._give_back(path)
+            self._give_back(LOCK)
 
-    def _path(self, group: str, shard: int) -> Path:
-        return self.root / "claims" / group.replace("/", "_") / f"{shard:06d}.json"
+    def clear(self, groups: Iterable[str]) -> None:
+        """Removes every claim, of dead processes too: all shards are committed, claims mean nothing any more."""
+        self.release_all()
+        for group in groups:
+            folder = claim_folder(group)
+            for name in self.storage.names(folder):
+                self.storage.remove(f"{folder}/{name}")
 
-    def _take(self, path: Path) -> bool:
-        with explained(path):
-            for _ in range(8):
-                try:
-                    if path.parent != self.root:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                except FileExistsError:
-                    if not self._retire(path):
-                        return False
-                    continue
-                except FileNotFoundError:
-                    # Another process that finished removed the empty folder.
-                    continue
-                try:
-                    with os.fdopen(fd, "w") as f:
-                        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token}, f)
-                except BaseException:
-                    # Without an owner inside, others would wait until it is stale.
-                    path.unlink(missing_ok=True)
-                    raise
-                self.held.add(path)
+    def _take(self, name: str) -> bool:
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token}).encode()
+        for _ in range(8):
+            if self.storage.create(name, mine):
+                self.held.add(name)
+                return True
+            try:
+                found, stamp, age = self._read(name), self.storage.stamp(name), self.storage.age(name)
+            except FileNotFoundError:
+                continue
+            if not (holder_died(found) or self._rests(name, (found, stamp), age)):
+                return False
+            if self.storage.replace(name, found, mine):
+                self.held.add(name)
                 return True
         return False
 
-    def _ours(self, path: Path) -> bool:
-        return path in self.held and _owner(path).get("token") == self.token
+    def _rests(self, name: str, state: tuple[bytes, str], age: float) -> bool:
+        """Whether a claim that others hold was not renewed for so long that its holder must be gone."""
+        now, seen = time.monotonic(), self._seen.get(name)
+        if seen is None or seen.state != state:
+            self._seen[name] = seen = _Seen(state, now)
+        watched = now - seen.since
+        return watched >= self.stale_seconds or (age >= self.stale_seconds and watched >= self.stale_seconds / 3)
 
-    def _give_back(self, path: Path) -> None:
-        if self._ours(path):
-            path.unlink(missing_ok=True)
-        self.held.discard(path)
+    def _ours(self, name: str) -> bool:
+        return name in self.held and self._owner(name).get("token") == self.token
 
-    def clear(self) -> None:
-        """Removes every claim, of dead processes too: all shards are committed, claims mean nothing any more."""
-        self.release_all()
-        # Another process that finishes removes the folders, too.
-        with suppress(FileNotFoundError):
-            for path in (self.root / "claims").glob("*/*"):
-                path.unlink(missing_ok=True)
+    def _give_back(self, name: str) -> None:
+        if self._ours(name):
+            self.storage.remove(name)
+        self.held.discard(name)
 
-    def _retire(self, path: Path) -> bool:
-        """Removes a claim whose holder is dead."""
-        owner = _owner(path)
+    def _read(self, name: str) -> bytes:
+        """What a claim holds; one that cannot be read holds nothing, and waits until it is stale."""
+        with suppress(CorruptError):
+            return self.storage.read(name)
+        return b""
+
+    def _owner(self, name: str) -> dict[str, str]:
         try:
-            age = time.time() - path.stat().st_mtime
+            return parse_owner(self._read(name))
         except FileNotFoundError:
-            return True
-        dead = owner.get("host") == socket.gethostname() and not process_alive(int(owner["pid"]))
-        if not dead and age < self.stale_seconds:
-            return False
-        # A temporary file, so that it is cleaned up after if this process is killed right now.
-        retired = partial_path(self.root)
-        try:
-            retired.parent.mkdir(exist_ok=True)
-            path.rename(retired)
-        except FileNotFoundError:
-            return True
-        try:
-            # Of several processes that saw the same dead holder, a slow one may have renamed the winner's new claim.
-            if _owner(retired) != owner:
-                with suppress(OSError):
-                    os.link(retired, path)
-                return False
-        finally:
-            retired.unlink(missing_ok=True)
-        return True
+            return {}
 
 
-def _owner(path: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Seen:
+    """A claim as this process first saw it: its content and stamp, and since when it is watched."""
+
+    state: tuple[bytes, str]
+    since: float
+
+
+def claim_folder(group: str) -> str:
+    """Where the claims of a group lie below the cache."""
+    return f"claims/{group.replace('/', '_')}"
+
+
+def claim_name(group: str, shard: int) -> str:
+    """The claim of a shard: claims/val_512x704/000012.json."""
+    return f"{claim_folder(group)}/{shard:06d}.json"
+
+
+def holder_died(content: bytes) -> bool:
+    """Whether the holder in a claim was a process of this host that is gone."""
+    owner = parse_owner(content)
+    return owner.get("host") == socket.gethostname() and not process_alive(int(owner["pid"]))
+
+
+def parse_owner(content: bytes) -> dict[str, str]:
     """Host, pid and token in a claim; empty while it is being written, or if it is damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(content)
         return {"host": str(found["host"]), "pid": str(int(found["pid"])), "token": str(found["token"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}

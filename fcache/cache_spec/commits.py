@@ -6,20 +6,20 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.files import read_file, unreadable, write_durably
 from fcache.cache_spec.identity import digest, from_json, to_json
 from fcache.cache_spec.layout import FEATURES, Shard
+from fcache.cache_spec.storage import Storage
 
 
 @dataclass(frozen=True)
 class Commit:
     """What one part of one shard holds.
 
-    `key` is the digest of the features or of the target kind; `files` maps paths below the cache to (bytes, SHA-256);
+    `key` is the digest of the features or of the target kind; `tables` that of the fitted tables it was coded with, ""
+    where there are none; `files` maps paths below the cache to (bytes, SHA-256);
     `quarantined` maps ids of samples that have no record to the reason; `facts` holds minima, maxima, non-finite
     counts; `fingerprint` the versions and devices that computed it; `run` the time, seconds, host and process.
     """
@@ -37,6 +37,7 @@ class Commit:
     facts: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    tables: str = ""
 
     @property
     def content(self) -> str:
@@ -56,40 +57,47 @@ def commit_path(group: str, part: str, shard: int) -> str:
     return f"{folder}/{shard:06d}.json"
 
 
-def write_commit(root: Path, commit: Commit) -> None:
+def write_commit(storage: Storage, commit: Commit) -> None:
     """Writes a commit durably; from now on its shard exists."""
     body = to_json(commit)
     data = json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True).encode() + b"\n"
-    write_durably(root, root / commit_path(commit.group, commit.part, commit.shard), data)
+    storage.write(commit_path(commit.group, commit.part, commit.shard), data)
 
 
-def read_commits(root: Path, group: str, part: str) -> dict[int, Commit]:
+def read_commits(storage: Storage, group: str, part: str) -> dict[int, Commit]:
     """All commits of a part of a group by shard. Raises CorruptError if one is damaged."""
-    folder = (root / commit_path(group, part, 0)).parent
+    folder = commit_path(group, part, 0).rpartition("/")[0]
+    names = [f"{folder}/{n}" for n in storage.names(folder) if n.endswith(".json") and n[:-5].isdecimal()]
     try:
-        names = sorted(n for n in os.listdir(folder) if n.endswith(".json") and n[:-5].isdecimal())
+        found = zip(names, storage.read_many(names), strict=True)
+        commits = [_parse(storage, name, data) for name, data in found]
     except FileNotFoundError:
-        return {}
-    except OSError as e:
-        raise unreadable(folder, e) from e
-    commits = (read_commit(folder / name) for name in names)
+        # One was retracted between the listing and the reading: its shard is written anew.
+        commits = [c for name in names if (c := find_commit(storage, name)) is not None]
     return {c.shard: c for c in commits}
 
 
-def read_commit(path: Path) -> Commit:
-    """One commit. Raises FileNotFoundError; CorruptError if its digest does not fit its content, or it its place."""
-    data = read_file(path)
+def find_commit(storage: Storage, name: str) -> Commit | None:
+    """The commit of that name, None if there is none. Raises CorruptError if it is damaged or of another place."""
+    try:
+        return _parse(storage, name, storage.read(name))
+    except FileNotFoundError:
+        return None
+
+
+def _parse(storage: Storage, name: str, data: bytes) -> Commit:
+    where = f"{storage.url}/{name}"
     try:
         body = json.loads(data)
         stated = body.pop("digest")
         changed = stated != digest(body)
         commit = from_json(Commit, body)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise CorruptError(f"{path}: not a commit record ({type(e).__name__}: {e}); run `fcache repair`") from e
+        raise CorruptError(f"{where}: not a commit record ({type(e).__name__}: {e}); run `fcache repair`") from e
     if changed:
-        raise CorruptError(f"{path}: the commit record was changed (its digest differs); run `fcache repair`")
-    if not path.as_posix().endswith(f"/{commit_path(commit.group, commit.part, commit.shard)}"):
-        raise CorruptError(f"{path}: a commit record of another place was put here; run `fcache repair`")
+        raise CorruptError(f"{where}: the commit record was changed (its digest differs); run `fcache repair`")
+    if name != commit_path(commit.group, commit.part, commit.shard):
+        raise CorruptError(f"{where}: a commit record of another place was put here; run `fcache repair`")
     return commit
 
 

@@ -7,8 +7,8 @@ import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
 
@@ -47,6 +47,24 @@ def read_file(path: Path) -> bytes:
         raise unreadable(path, e) from e
 
 
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """Writes every byte: an unbuffered file may take fewer at a time."""
+    left = memoryview(data)
+    while len(left):
+        left = left[file.write(left) or 0 :]
+
+
+def read_exactly(fd: int, offset: int, out: memoryview) -> int:
+    """Fills `out` from a descriptor; returns how many bytes there were, fewer only at the end of the file."""
+    done = 0
+    while done < len(out):
+        n = os.preadv(fd, [out[done:]], offset + done)
+        if n == 0:
+            break
+        done += n
+    return done
+
+
 def unreadable(path: Path | str, e: OSError) -> DataError | CorruptError:
     """The error for a file of a cache that is there but cannot be read."""
     if e.errno in REFUSED:
@@ -61,14 +79,14 @@ def partial_path(root: Path) -> Path:
     return root / "partial" / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
 
 
-def open_partial(root: Path) -> tuple[Path, BinaryIO]:
-    """A new temporary file of this process inside the cache, open for writing."""
+def open_partial(root: Path) -> tuple[Path, FileIO]:
+    """A new temporary file of this process inside the cache, open for reading and writing, without a buffer."""
     path = partial_path(root)
     for _ in range(1000):
         # A process that finishes removes the folder while it is empty, perhaps between these two steps.
         with suppress(FileNotFoundError):
             path.parent.mkdir(exist_ok=True)
-            return path, path.open("xb")
+            return path, path.open("x+b", buffering=0)
     raise DataError(f"cannot write {path}: the cache was removed")
 
 
@@ -133,8 +151,7 @@ def write_durably(root: Path, path: Path, data: bytes) -> None:
         temporary, file = open_partial(root)
         try:
             with file:
-                file.write(data)
-                file.flush()
+                write_all(file, data)
                 os.fsync(file.fileno())
             make_folders(root, path.parent)
             temporary.replace(path)

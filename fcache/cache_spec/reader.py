@@ -1,7 +1,7 @@
 """The cache reader: what is committed, and records of it."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from fcache.cache_spec.access import ArrayAccess, OpenShards, choose_mode
+from fcache.cache_spec.access import ArrayAccess, OpenShards, ReadOptions
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.block import SourceInfo
 from fcache.cache_spec.commits import Commit, read_commits
 from fcache.cache_spec.errors import CorruptError, IncompatibleError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
-from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
+from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import shard_key
 from fcache.cache_spec.spec import LevelSpec
+from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
 
 
@@ -34,15 +35,20 @@ class GroupRecords:
 class CacheReader:
     """An open cache. It writes nothing, and several threads may use it. Make one with `open_cache`."""
 
-    def __init__(self, root: Path, *, allow_partial: bool, mode: str) -> None:
-        self.root = root
-        self.manifest: Manifest = read_manifest(root)
+    def __init__(self, storage: Storage, *, allow_partial: bool, options: ReadOptions) -> None:
+        self.storage = storage
+        self.manifest: Manifest = read_manifest(storage)
         self.allow_partial = allow_partial
-        self.mode = choose_mode(root, mode)
+        self.options = options
         self._commits: dict[tuple[str, str], dict[int, Commit]] = {}
         self._access: dict[tuple[str, str], ArrayAccess] = {}
-        self._shards = OpenShards(self.mode)
+        self._shards = OpenShards(storage, options)
         self._lock = threading.RLock()
+
+    @property
+    def url(self) -> str:
+        """The path or URL of the cache."""
+        return self.storage.url
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -57,7 +63,7 @@ class CacheReader:
             return self._commits[group.path, part]
 
     def _read_commits(self, group: Group, part: str) -> dict[int, Commit]:
-        found, wanted = read_commits(self.root, group.path, part), self.manifest.part_key(part)
+        found, wanted = read_commits(self.storage, group.path, part), self.manifest.part_key(part)
         shards = {s.index: s for s in group.shards()}
         for c in found.values():
             if c.key != wanted and part == FEATURES:
@@ -69,7 +75,7 @@ class CacheReader:
         valid = {i: c for i, c in found.items() if c.key == wanted and i in shards}
         for i, c in valid.items():
             if not c.fits(shards[i], group.ids):
-                raise CorruptError(f"{self.root}: commit {i} of {group.path!r} ({part}) does not fit the manifest")
+                raise CorruptError(f"{self.url}: commit {i} of {group.path!r} ({part}) does not fit the manifest")
         return valid
 
     def refresh(self) -> None:
@@ -77,7 +83,7 @@ class CacheReader:
         with self._lock:
             self._commits.clear()
             self._access.clear()
-            self._shards = OpenShards(self.mode)
+            self._shards = OpenShards(self.storage, self.options)
 
     def missing(self, part: str = FEATURES, split: str | None = None) -> int:
         """How many shards of a part have no commit."""
@@ -101,7 +107,7 @@ class CacheReader:
             if (n := self.missing(part, split)) and not self.allow_partial:
                 total = sum(1 for g in self.manifest.split(split) for _ in g.shards())
                 raise IncompleteError(
-                    f"{self.root}: {n} of {total} shards of split {split!r} ({part}) are not committed; run the same "
+                    f"{self.url}: {n} of {total} shards of split {split!r} ({part}) are not committed; run the same "
                     "`fcache extract` again to finish, or use --allow-partial"
                 )
 
@@ -111,20 +117,12 @@ class CacheReader:
         found = []
         for group in self.manifest.split(split):
             parts = [self.commits(group, part) for part in (FEATURES, *kinds)]
-            rows: list[tuple[int, int, int]] = []
-            for shard in group.shards():
-                if all(shard.index in commits for commits in parts):
-                    bad = {i for commits in parts for i in commits[shard.index].quarantined}
-                    rows += [
-                        (shard.first + i, shard.view, shard.sample + i)
-                        for i in range(shard.count)
-                        if not bad or group.ids[shard.sample + i] not in bad
-                    ]
-            table = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
+            runs = [_records_of(s, group, parts) for s in group.shards() if all(s.index in c for c in parts)]
+            table = np.concatenate([np.empty((0, 3), dtype=np.int64), *runs])
             if len(table):
                 found.append(GroupRecords(group, table[:, 0], table[:, 1], table[:, 2]))
         if not found:
-            raise IncompleteError(f"{self.root}: no record of split {split!r} is committed yet")
+            raise IncompleteError(f"{self.url}: no record of split {split!r} is committed yet")
         return found
 
     def access(self, group: Group, part: str, path: str) -> ArrayAccess:
@@ -140,12 +138,16 @@ class CacheReader:
                 for index, commit in self.commits(group, part).items():
                     name = f"{folder}/{shard_key(spec, index)}"
                     if name not in commit.files:
-                        raise CorruptError(f"{self.root}: commit {index} of {group.path!r} ({part}) lacks {name}")
-                    sizes[index] = commit.files[name][0]
+                        raise CorruptError(f"{self.url}: commit {index} of {group.path!r} ({part}) lacks {name}")
+                    sizes[index] = commit.files[name]
                 self._access[key] = ArrayAccess(
-                    self.root / folder, spec, shard_records=group.shard_records, sizes=sizes, shards=self._shards
+                    self.storage, folder, spec, shard_records=group.shard_records, sizes=sizes, shards=self._shards
                 )
             return self._access[key]
+
+    def tables(self, group: Group) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """The fitted tables of a group's encoding by level; none if it fits nothing."""
+        return {}
 
     def read(self, group: str, path: str, record: int) -> np.ndarray:
         """One record of one array ("level-4", "index/to_view", "targets/semantic/map"), cut to its count if ragged.
@@ -200,10 +202,18 @@ def check_count(count: np.ndarray, spec: ArraySpec, record: int) -> int:
     return n
 
 
-def open_cache(root: Path | str, *, allow_partial: bool = False, mode: str = "auto") -> CacheReader:
-    """Opens the cache at `root` for reading.
+def _records_of(shard: Shard, group: Group, parts: Sequence[Mapping[int, Commit]]) -> np.ndarray:
+    """Number, view and sample of a shard's records [n, 3], without those of quarantined samples."""
+    kept = np.arange(shard.count)
+    if bad := {i for commits in parts for i in commits[shard.index].quarantined}:
+        kept = kept[[group.ids[shard.sample + i] not in bad for i in range(shard.count)]]
+    return np.stack([shard.first + kept, np.full_like(kept, shard.view), shard.sample + kept], axis=1)
 
-    `mode` is "mmap" (a file cut short under a map kills the process), "pread" or "auto". A split is refused when it
-    is read, if shards of it are missing, unless `allow_partial`. Raises SpecError, IncompatibleError or CorruptError.
+
+def open_cache(where: Path | str | Storage, *, allow_partial: bool = False, mode: str = "auto") -> CacheReader:
+    """Opens the cache at a path or an object-store URL (s3://bucket/prefix) for reading.
+
+    `mode` is one of `ReadOptions`. A split is refused when it is read, if shards of it are missing, unless
+    `allow_partial`. Raises SpecError, IncompatibleError or CorruptError.
     """
-    return CacheReader(Path(root), allow_partial=allow_partial, mode=mode)
+    return CacheReader(open_storage(where), allow_partial=allow_partial, options=ReadOptions(mode=mode))

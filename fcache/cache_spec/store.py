@@ -3,76 +3,85 @@
 import hashlib
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from fcache.cache_spec.claims import Claims
+from fcache.cache_spec.claims import LOCK, Claims
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.errors import CorruptError, IncompatibleError, SpecError
-from fcache.cache_spec.files import explained, make_folders, read_file, sync_folder, write_durably
 from fcache.cache_spec.identity import canonical_json, digest, first_difference, from_json, to_json
 from fcache.cache_spec.layout import FORMAT, Group, Manifest, grow_group, new_group, part_arrays
 from fcache.cache_spec.shardfile import array_metadata
 from fcache.cache_spec.spec import FeatureSpec, TargetSpec, targets_key
+from fcache.cache_spec.storage import Storage
 
+ROOT = "zarr.json"
+MANIFESTS = "manifest"
 GROUP_NODE: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
-def is_cache(root: Path) -> bool:
-    """Whether `root` holds a cache (of any state)."""
-    return (root / "zarr.json").is_file()
+def is_cache(storage: Storage) -> bool:
+    """Whether a cache (of any state) lies there."""
+    try:
+        storage.size(ROOT)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of the cache at `root`.
+def read_manifest(storage: Storage) -> Manifest:
+    """The manifest of a cache.
 
     Raises SpecError if there is no cache, IncompatibleError for a newer format, CorruptError if a file is damaged.
     """
-    data = _read_root(root)
+    data = _read_root(storage)
     while True:
         try:
-            return _manifest(root, data)
+            return _manifest(storage, data)
         except CorruptError:
             # A process that grows the cache removes the group manifests of before: then the root is new, too.
-            now = _read_root(root)
+            now = _read_root(storage)
             if now == data:
                 raise
             data = now
 
 
-def _read_root(root: Path) -> bytes:
+def _read_root(storage: Storage) -> bytes:
     try:
-        return read_file(root / "zarr.json")
+        return storage.read(ROOT)
     except FileNotFoundError:
-        raise SpecError(f"no cache at {root} (no zarr.json); make one with `fcache extract --cache {root} …`") from None
+        raise SpecError(
+            f"no cache at {storage.url} (no {ROOT}); make one with `fcache extract --cache {storage.url} …`"
+        ) from None
 
 
-def _manifest(root: Path, data: bytes) -> Manifest:
-    path = root / "zarr.json"
+def _manifest(storage: Storage, data: bytes) -> Manifest:
+    name = f"{storage.url}/{ROOT}"
     try:
         attributes = json.loads(data)["attributes"]["fcache"]
         if attributes["format"] > FORMAT:
             raise IncompatibleError(
-                f"{root} has format {attributes['format']}, this fcache reads up to {FORMAT}; update fcache"
+                f"{storage.url} has format {attributes['format']}, this fcache reads up to {FORMAT}; update fcache"
             )
         stated = attributes.pop("digest")
         if stated != digest(attributes):
-            raise CorruptError(f"{path} was changed (its digest differs); restore it from a copy")
-        return _build(root, attributes)
+            raise CorruptError(f"{name} was changed (its digest differs); restore it from a copy")
+        return _build(storage, attributes)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CorruptError(f"{path} is no root of a cache ({type(e).__name__}: {e}); restore it from a copy") from e
+        raise CorruptError(f"{name} is no root of a cache ({type(e).__name__}: {e}); restore it from a copy") from e
 
 
-def _build(root: Path, attributes: dict[str, Any]) -> Manifest:
+def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
     groups = []
     for path, entry in attributes["groups"].items():
-        file = root / entry["file"]
+        file = str(entry["file"])
         try:
-            data = read_file(file)
+            data = storage.read(file)
         except FileNotFoundError:
-            raise CorruptError(f"{file} is missing, the cache's root names it; restore it from a copy") from None
+            raise CorruptError(
+                f"{storage.url}/{file} is missing, the cache's root names it; restore it from a copy"
+            ) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise CorruptError(f"{file}: the manifest of {path!r} was changed (its digest differs)")
+            raise CorruptError(f"{storage.url}/{file}: the manifest of {path!r} was changed (its digest differs)")
         groups.append(from_json(Group, json.loads(data)))
     manifest = Manifest(
         features=from_json(FeatureSpec, attributes["feature_spec"]),
@@ -82,40 +91,38 @@ def _build(root: Path, attributes: dict[str, Any]) -> Manifest:
         hints=attributes["hints"],
     )
     if manifest.features.key != attributes["features"] or targets_key(manifest.targets) != attributes["targets"]:
-        raise CorruptError(f"{root / 'zarr.json'}: a digest does not fit its spec; the file was edited")
+        raise CorruptError(f"{storage.url}/{ROOT}: a digest does not fit its spec; the file was edited")
     return manifest
 
 
-def create_or_grow(root: Path, wanted: Manifest) -> Manifest:
-    """Makes a cache at `root`, or grows the one there to hold what `wanted` holds beyond it; returns its manifest.
+def create_or_grow(storage: Storage, wanted: Manifest) -> Manifest:
+    """Makes a cache, or grows the one there to hold what `wanted` holds beyond it; returns its manifest.
 
     Samples, views, groups and kinds of target may be added; what is there keeps its place. The groups of `wanted`
     have no extents yet. Raises IncompatibleError naming the first field in which the identities differ.
     """
-    with explained(root):
-        if not root.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            sync_folder(root.parent)
-        elif not is_cache(root):
-            _check_empty(root)
-        claims = Claims(root)
-        with claims.lock():
-            grown = preview(root, wanted)
-            _write(root, grown, claims)
+    if not is_cache(storage):
+        _check_empty(storage)
+    claims = Claims(storage)
+    with claims.lock():
+        grown = preview(storage, wanted)
+        _write(storage, grown, claims)
     return grown
 
 
-def _check_empty(root: Path) -> None:
-    # The folder of manifests is the first thing in a new cache: with it, this is a creation that was interrupted.
-    names = sorted(p.name for p in root.iterdir() if p.name not in ("lock", "partial"))
-    if names and "manifest" not in names:
-        raise SpecError(f"{root} is not empty and no cache (it holds {', '.join(names[:5])}); choose another")
+def _check_empty(storage: Storage) -> None:
+    # Manifests are the first thing in a new cache: with one, this is a creation that was interrupted.
+    if storage.names(MANIFESTS):
+        return
+    for name, _ in storage.walk():
+        if name.split("/")[0] not in (LOCK, "partial", ROOT):
+            raise SpecError(f"{storage.url} is not empty and no cache (it holds {name}); choose another")
 
 
-def preview(root: Path, wanted: Manifest) -> Manifest:
+def preview(storage: Storage, wanted: Manifest) -> Manifest:
     """The manifest that `create_or_grow` would give; writes nothing. Raises as that."""
-    if is_cache(root):
-        return _grown(read_manifest(root), wanted)
+    if is_cache(storage):
+        return _grown(read_manifest(storage), wanted)
     return replace(wanted, groups=tuple(new_group(g) for g in wanted.groups))
 
 
@@ -151,18 +158,18 @@ def _grown(old: Manifest, wanted: Manifest) -> Manifest:
     return replace(old, targets=(*old.targets, *added), groups=tuple(groups.values()))
 
 
-def _write(root: Path, manifest: Manifest, claims: Claims) -> None:
+def _write(storage: Storage, manifest: Manifest, claims: Claims) -> None:
     """Group manifests under new names, array metadata, then the root: a kill in between leaves the old manifest."""
     entries = {}
     for group in manifest.groups:
         claims.beat()
         data = canonical_json(group)
         sha = hashlib.sha256(data).hexdigest()
-        file = f"manifest/{group.path.replace('/', '_')}-{sha[:12]}.json"
+        file = f"{MANIFESTS}/{group.path.replace('/', '_')}-{sha[:12]}.json"
         entries[group.path] = {"file": file, "sha256": sha}
-        _write_json(root, file, data)
+        _write_json(storage, file, data)
         for path, metadata in zarr_nodes(group, manifest.parts()).items():
-            _write_json(root, f"{path}/zarr.json", json.dumps(metadata, indent=1).encode())
+            _write_json(storage, f"{path}/zarr.json", json.dumps(metadata, indent=1).encode())
     attributes = {
         "format": FORMAT,
         "features": manifest.features.key,
@@ -174,11 +181,11 @@ def _write(root: Path, manifest: Manifest, claims: Claims) -> None:
         "groups": entries,
     }
     node = {**GROUP_NODE, "attributes": {"fcache": {**attributes, "digest": digest(attributes)}}}
-    _write_json(root, "zarr.json", json.dumps(node, indent=1).encode())
+    _write_json(storage, ROOT, json.dumps(node, indent=1).encode())
     kept = {e["file"] for e in entries.values()}
-    for path in (root / "manifest").iterdir():
-        if f"manifest/{path.name}" not in kept:
-            path.unlink()
+    for name in storage.names(MANIFESTS):
+        if f"{MANIFESTS}/{name}" not in kept:
+            storage.remove(f"{MANIFESTS}/{name}")
 
 
 def zarr_nodes(group: Group, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -192,15 +199,16 @@ def zarr_nodes(group: Group, parts: tuple[str, ...]) -> dict[str, dict[str, Any]
     return nodes
 
 
-def _write_json(root: Path, name: str, data: bytes) -> None:
-    path = root / name
-    if path.is_file() and path.read_bytes() == data:
-        return
-    make_folders(root, path.parent)
-    write_durably(root, path, data)
+def _write_json(storage: Storage, name: str, data: bytes) -> None:
+    try:
+        if storage.read(name) == data:
+            return
+    except FileNotFoundError:
+        pass
+    storage.write(name, data)
 
 
-def committed_shards(root: Path, manifest: Manifest, group: str, part: str) -> set[int]:
+def committed_shards(storage: Storage, manifest: Manifest, group: str, part: str) -> set[int]:
     """Shards of a part with a valid commit of the manifest's identity. Raises CorruptError if a commit is damaged."""
     key = manifest.part_key(part)
-    return {index for index, c in read_commits(root, group, part).items() if c.key == key}
+    return {index for index, c in read_commits(storage, group, part).items() if c.key == key}

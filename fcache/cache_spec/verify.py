@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcache.cache_spec.commits import Commit, commit_path, read_commit
+import numpy as np
+
+from fcache.cache_spec.commits import Commit, commit_path, find_commit
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import explained, sync_folder, unreadable
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
-from fcache.cache_spec.store import GROUP_NODE, read_manifest, zarr_nodes
+from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.store import GROUP_NODE, ROOT, read_manifest, zarr_nodes
 
 CHUNK = 1 << 22
 
@@ -49,18 +51,21 @@ class Verified:
         return tuple(f for f in self.faults if f.kind == "missing")
 
 
-def verify(root: Path, *, deep: bool = False, report: Callable[[int, int], None] | None = None) -> Verified:
+def verify(
+    where: Path | str | Storage, *, deep: bool = False, report: Callable[[int, int], None] | None = None
+) -> Verified:
     """Checks that every shard is committed, that its files are there, whole and of the stated size.
 
     `deep` reads every byte and compares digests. `report(done, total)` is called after each part of a shard.
     Raises CorruptError if the manifest itself is damaged.
     """
-    manifest = read_manifest(root)
+    storage = open_storage(where)
+    manifest = read_manifest(storage)
     jobs = [(g, part, s) for g in manifest.groups for part in manifest.parts() for s in g.shards()]
-    faults = _metadata_faults(root, manifest)
+    faults = _metadata_faults(storage, manifest)
     committed, size = 0, 0
     with ThreadPoolExecutor(2) as pool:
-        checks = pool.map(lambda job: _check(root, *job, key=manifest.part_key(job[1]), deep=deep), jobs)
+        checks = pool.map(lambda job: _check(storage, *job, key=manifest.part_key(job[1]), deep=deep), jobs)
         for done, (commit, fault) in enumerate(checks, 1):
             if commit is not None:
                 committed += 1
@@ -72,26 +77,23 @@ def verify(root: Path, *, deep: bool = False, report: Callable[[int, int], None]
     return Verified(len(jobs), committed, size, tuple(faults))
 
 
-def make_pending(root: Path, faults: Iterable[Fault]) -> int:
+def make_pending(where: Path | str | Storage, faults: Iterable[Fault]) -> int:
     """Removes the commits of corrupt shards, so that the next extraction writes them again; returns how many.
 
     Faults of metadata have no shard: opening the cache for writing restores what is not as written.
     """
-    removed = 0
+    storage, removed = open_storage(where), 0
     for fault in faults:
         if fault.kind == "corrupt" and fault.shard >= 0:
-            path = root / commit_path(fault.group, fault.part, fault.shard)
-            with explained(path):
-                path.unlink(missing_ok=True)
-                sync_folder(path.parent)
+            storage.remove(commit_path(fault.group, fault.part, fault.shard))
             removed += 1
     return removed
 
 
-def _metadata_faults(root: Path, manifest: Manifest) -> list[Fault]:
+def _metadata_faults(storage: Storage, manifest: Manifest) -> list[Fault]:
     """Metadata other than what the manifest implies would make other zarr readers see other numbers, or none."""
     faults = []
-    if _without(_read_json(root / "zarr.json"), "attributes") != _without(GROUP_NODE, "attributes"):
+    if _without(_read_json(storage, ROOT), "attributes") != _without(GROUP_NODE, "attributes"):
         faults.append(Fault("", FEATURES, -1, "corrupt", "zarr.json is not as written"))
     for group in manifest.groups:
         seen: set[str] = set()
@@ -100,16 +102,16 @@ def _metadata_faults(root: Path, manifest: Manifest) -> list[Fault]:
                 if path in seen:
                     continue
                 seen.add(path)
-                found = _read_json(root / path / "zarr.json")
+                found = _read_json(storage, f"{path}/{ROOT}")
                 if not _same_node(found, expected, group.shard_records):
                     faults.append(Fault(group.path, part, -1, "corrupt", f"{path}/zarr.json is not as written"))
     return faults
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+        found = json.loads(storage.read(name))
+    except (FileNotFoundError, CorruptError, DataError, ValueError, RecursionError) as e:
         return {"unreadable": str(e)}
     return found if isinstance(found, dict) else {"unreadable": "no object"}
 
@@ -130,17 +132,17 @@ def _without(node: dict[str, Any], name: str = "") -> str:
 
 
 def _check(
-    root: Path, group: Group, part: str, shard: Shard, *, key: str, deep: bool
+    storage: Storage, group: Group, part: str, shard: Shard, *, key: str, deep: bool
 ) -> tuple[Commit | None, Fault | None]:
     def fault(kind: str, what: str) -> Fault:
         return Fault(group.path, part, shard.index, kind, what)
 
     try:
-        commit = read_commit(root / commit_path(group.path, part, shard.index))
-    except FileNotFoundError:
-        return None, fault("missing", "not committed")
+        commit = find_commit(storage, commit_path(group.path, part, shard.index))
     except (CorruptError, DataError) as e:
         return None, fault("corrupt", str(e))
+    if commit is None:
+        return None, fault("missing", "not committed")
     if commit.key != key:
         return None, fault(
             "missing", "committed for other targets" if part != FEATURES else "committed with other settings"
@@ -150,29 +152,28 @@ def _check(
     if set(expected) != set(commit.files) or not commit.fits(shard, group.ids):
         return commit, fault("corrupt", "the commit does not fit the manifest")
     for name, (size, sha) in commit.files.items():
-        path = root / name
         try:
-            found = path.stat().st_size
+            found = storage.size(name)
             if found != size:
                 return commit, fault("corrupt", f"{name} has {found} bytes, its commit says {size}")
             if expected[name].layout == "sharded":
-                with path.open("rb") as f:
-                    f.seek(max(0, size - index_size(group.shard_records)))
-                    parse_index(f.read(), group.shard_records, size, name)
-            if deep and _sha256(path) != sha:
+                tail = np.empty(min(size, index_size(group.shard_records)), dtype=np.uint8)
+                storage.read_ranges([(name, size - len(tail), tail)])
+                parse_index(tail.tobytes(), group.shard_records, size, name)
+            if deep and sha256_of(storage, name, size) != sha:
                 return commit, fault("corrupt", f"{name} does not hold what its commit says (SHA-256 differs)")
         except FileNotFoundError:
             return commit, fault("corrupt", f"{name} is missing")
-        except OSError as e:
-            return commit, fault("corrupt", str(unreadable(name, e)))
-        except CorruptError as e:
+        except (CorruptError, DataError) as e:
             return commit, fault("corrupt", str(e))
     return commit, None
 
 
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as f:
-        while data := f.read(CHUNK):
-            found.update(data)
+def sha256_of(storage: Storage, name: str, size: int) -> str:
+    """The SHA-256 of a file of that size, read piece by piece."""
+    found, buffer = hashlib.sha256(), np.empty(min(size, CHUNK), dtype=np.uint8)
+    for start in range(0, size, CHUNK):
+        piece = buffer[: min(CHUNK, size - start)]
+        storage.read_ranges([(name, start, piece)])
+        found.update(piece.data)
     return found.hexdigest()

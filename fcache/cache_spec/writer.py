@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcache.cache_spec.claims import Claims
-from fcache.cache_spec.commits import Commit, commit_path, read_commit, run_facts, write_commit
+from fcache.cache_spec.commits import Commit, commit_path, find_commit, run_facts, write_commit
 from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.files import explained, make_folders, remove_if_empty, remove_orphans, sync_folder
 from fcache.cache_spec.layout import FEATURES, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import ShardFile, shard_key
+from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import committed_shards, create_or_grow
 from fcache.cache_spec.view import View
 
@@ -22,17 +23,17 @@ Records = np.ndarray | Sequence[np.ndarray]
 class CacheWriter:
     """An open cache that shards are written to; several processes may each have one on the same cache."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
         self.manifest = manifest
-        self.claims = Claims(root)
-        remove_orphans(root)
+        self.claims = Claims(storage)
+        storage.sweep()
 
     def pending(self, part: str = FEATURES) -> list[Shard]:
         """The shards of a part that have no commit yet, in order."""
         found: list[Shard] = []
         for group in self.manifest.groups:
-            done = committed_shards(self.root, self.manifest, group.path, part)
+            done = committed_shards(self.storage, self.manifest, group.path, part)
             found += [s for s in group.shards() if s.index not in done]
         return found
 
@@ -42,20 +43,19 @@ class CacheWriter:
 
     def write(self, shard: Shard, part: str = FEATURES) -> "ShardWriter":
         """A writer for one part of one shard; commit or abort it."""
-        return ShardWriter(self.root, self.manifest, shard, part)
+        return ShardWriter(self.storage, self.manifest, shard, part)
 
     def finish(self) -> None:
         """Removes what only a running extraction needs; call it when nothing is pending."""
-        self.claims.clear()
-        remove_orphans(self.root)
-        remove_if_empty(self.root / "partial", self.root / "claims")
+        self.claims.clear(g.path for g in self.manifest.groups)
+        self.storage.sweep()
 
 
 class ShardWriter:
     """One part of one shard while it is written. Memory: one record, and the small tables."""
 
-    def __init__(self, root: Path, manifest: Manifest, shard: Shard, part: str) -> None:
-        self._root, self._shard, self._part = root, shard, part
+    def __init__(self, storage: Storage, manifest: Manifest, shard: Shard, part: str) -> None:
+        self._storage, self._shard, self._part = storage, shard, part
         self._group = manifest.group(shard.group)
         self._key = manifest.part_key(part)
         self._started = time.time()
@@ -63,11 +63,11 @@ class ShardWriter:
         self._seen: set[int] = set()
         self._files: dict[str, ShardFile] = {}
         self._arrays = part_arrays(self._group, part)
+        self._digests = ThreadPoolExecutor(1, "fcache-digest")
         try:
-            with explained(root):
-                for path, spec in self._arrays.items():
-                    target = root / shard.group / path / shard_key(spec, shard.index)
-                    self._files[path] = ShardFile(root, target, spec, self._group.shard_records)
+            for path, spec in self._arrays.items():
+                name = f"{shard.group}/{path}/{shard_key(spec, shard.index)}"
+                self._files[path] = ShardFile(storage, name, spec, self._group.shard_records, self._digests)
         except BaseException:
             self.abort()
             raise
@@ -81,14 +81,14 @@ class ShardWriter:
         named = {f"targets/{k}" if self._part != FEATURES else k: v for k, v in arrays.items()}
         wanted = {p for p in self._arrays if not p.endswith(".count")}
         assert set(named) == wanted, f"arrays {sorted(named)} given, {sorted(wanted)} expected"
-        with explained(self._root):
-            for path, records in named.items():
-                spec = self._arrays[path]
-                for position, record in zip(positions, records, strict=True):
-                    data = np.asarray(record)
-                    self._files[path].put(position, data)
-                    if spec.ragged:
-                        self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
+        for path, records in named.items():
+            spec, file = self._arrays[path], self._files[path]
+            for position, record in zip(positions, records, strict=True):
+                data = np.asarray(record)
+                file.put(position, data)
+                if spec.ragged:
+                    self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
+            file.digest()
         self._seen.update(positions)
 
     def skip(self, position: int, reason: str) -> None:
@@ -99,53 +99,49 @@ class ShardWriter:
     def commit(self, *, facts: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Commit:
         """Publishes the files, then writes the commit record. Every record must have been appended or skipped."""
         assert self._seen == set(range(self._shard.count)), "a shard is committed whole"
-        s, files = self._shard, {}
+        s = self._shard
         try:
-            with explained(self._root):
-                for file in self._files.values():
-                    size, sha = file.close()
-                    files[str(file.target.relative_to(self._root).as_posix())] = (size, sha)
+            # Together: the disk then makes all of them durable in few of its own steps.
+            with ThreadPoolExecutor(8, "fcache-sync") as pool:
+                closed = list(pool.map(ShardFile.close, self._files.values()))
+                files = {file.name: sizes for file, sizes in zip(self._files.values(), closed, strict=True)}
                 commit = Commit(
                     group=s.group, part=self._part, shard=s.index, first=s.first, count=s.count, view=s.view,
                     ids=self._group.ids[s.sample : s.sample + s.count], key=self._key, files=files,
                     quarantined=self._quarantined, facts=facts, fingerprint=fingerprint, run=run_facts(self._started),
                 )  # fmt: skip
                 self._retract(commit)
-                folders = {file.target.parent for file in self._files.values()}
-                for folder in folders:
-                    make_folders(self._root, folder)
-                for file in self._files.values():
-                    file.publish()
-                for folder in folders:
-                    sync_folder(folder)
+                list(pool.map(ShardFile.publish, self._files.values()))
         except BaseException:
             self.abort()
             raise
-        write_commit(self._root, commit)
+        write_commit(self._storage, commit)
+        self._digests.shutdown()
         return commit
 
     def _retract(self, new: Commit) -> None:
         """Removes a commit of other content before its files are replaced: a kill in between leaves a pending shard."""
-        path = self._root / commit_path(new.group, new.part, new.shard)
+        name = commit_path(new.group, new.part, new.shard)
         try:
-            if read_commit(path).content == new.content:
+            old = find_commit(self._storage, name)
+            if old is None or old.content == new.content:
                 return
-        except FileNotFoundError:
-            return
         except CorruptError:
             pass
-        path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        self._storage.remove(name)
 
     def abort(self) -> None:
         """Removes what was written; the shard stays pending."""
         for file in self._files.values():
             file.discard()
+        self._files.clear()
+        self._digests.shutdown(wait=False)
 
 
-def open_writer(root: Path, wanted: Manifest) -> CacheWriter:
-    """Creates the cache at `root`, or grows it, and opens it for writing. Raises as `create_or_grow`."""
-    return CacheWriter(root, create_or_grow(root, wanted))
+def open_writer(where: Path | str | Storage, wanted: Manifest) -> CacheWriter:
+    """Creates the cache at a path or URL, or grows it, and opens it for writing. Raises as `create_or_grow`."""
+    storage = open_storage(where)
+    return CacheWriter(storage, create_or_grow(storage, wanted))
 
 
 def index_arrays(views: Sequence[View], samples: Sequence[int], view_indices: Sequence[int]) -> dict[str, Records]:

@@ -21,12 +21,12 @@ def command(path: str, as_json: bool) -> None:
     """Show what a cache or a run holds: identity, extent, sizes, scores."""
     from fcache.cache_spec import open_cache
 
-    folder = Path(path)
-    if (folder / "run.json").is_file():
-        record = json.loads((folder / "run.json").read_bytes())
+    run = Path(path) / "run.json"
+    if run.is_file():
+        record = json.loads(run.read_bytes())
         click.echo(json.dumps(record, indent=2) if as_json else _run_text(record))
         return
-    reader = open_cache(folder, allow_partial=True)
+    reader = open_cache(path, allow_partial=True)
     facts = describe(reader)
     click.echo(json.dumps(facts, indent=2) if as_json else _cache_text(facts))
 
@@ -57,7 +57,7 @@ def describe(reader: Any) -> dict[str, Any]:
             }
         )
     return {
-        "cache": str(reader.root),
+        "cache": reader.url,
         "features": manifest.features.key,
         "targets": targets_key(manifest.targets),
         "random_weights": manifest.random_weights,

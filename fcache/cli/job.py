@@ -21,7 +21,7 @@ OPTIONS = (
         help="A file, 'pretrained' (the default; from timm's hub) or 'random:SEED'.",
         metavar="FILE|pretrained|random:SEED",
     ),
-    click.option("--cache", help="The cache. By default <dataset>-<model>.fcache.", metavar="PATH"),
+    click.option("--cache", help="The cache. By default <dataset>-<model>.fcache.", metavar="PATH|URL"),
     click.option("--recipe", help="Take the settings of a recipe's [extract] table first.", metavar="NAME|FILE"),
     click.option("--views", type=int, help="Views of each training sample [1].", metavar="K"),
     click.option(
@@ -67,7 +67,7 @@ def parse_job(options: Mapping[str, Any]) -> "Job":
     given |= {name: value for name, value in options.items() if value is not None and name != "recipe"}
     dataset, model = given["dataset"], given["model"]
     root = data_root(dataset, given.pop("data_root", None))
-    cache = Path(given.pop("cache", None) or f"{dataset}-{model.replace('/', '_')}.fcache")
+    cache = given.pop("cache", None) or f"{dataset}-{model.replace('/', '_')}.fcache"
     parsed: dict[str, Any] = {"root": root, "cache": cache, "weights": given.pop("weights", "pretrained")}
     parsed["device"] = given.pop("device", None) or best_device()
     if (split := given.pop("split", None)) is not None:
@@ -103,7 +103,7 @@ def job_of_run(run: "Run", *, weights: str | None, root: str | None, device: str
         model=made["model"],
         dataset=made["dataset"],
         root=Path(root or made["root"]),
-        cache=Path(run.hints["cache"]),
+        cache=run.hints["cache"],
         weights=weights or made["weights"],
         view_recipe=made["view_recipe"],
         input_size=(size[0], size[1]) if size else None,

@@ -60,11 +60,12 @@ def show_plan(plan: "Plan") -> str:
         ]
         for s in plan.splits
     ]
+    free = "" if plan.free_bytes is None else f"; {size(plan.free_bytes)} are free"
     each = sum(plan.level_bytes.values())
     pairs = [
         ("cache", f"{plan.cache}, features {plan.features[:16]}"),
         ("a record", f"{size(each)}: " + ", ".join(f"{k} {size(v)}" for k, v in plan.level_bytes.items())),
-        ("to write", f"{size(plan.pending_bytes)} of {size(plan.bytes)}; {size(plan.free_bytes)} are free"),
+        ("to write", f"{size(plan.pending_bytes)} of {size(plan.bytes)}{free}"),
     ]
     if plan.random_weights:
         pairs.append(("weights", f"RANDOM ({plan.random_weights}): heads trained on them say little"))

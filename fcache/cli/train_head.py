@@ -120,7 +120,7 @@ def train_from(
 
     training, evaluation = split_of(reader, "training"), split_of(reader, "evaluation")
     if training is None:
-        raise SpecError(f"{reader.root} has no training split; extract it with --split train")
+        raise SpecError(f"{reader.url} has no training split; extract it with --split train")
     info = reader.info(training)
     choices = choose_heads(heads, info, config)
     stream = StreamConfig(
@@ -152,7 +152,7 @@ def train_from(
             should_stop=should_stop,
             resume=resume,
             recipe=recipe,
-            hints={"cache": str(reader.root.resolve()), "extraction": json.dumps(dict(reader.manifest.hints))},
+            hints={"cache": _located(reader), "extraction": json.dumps(dict(reader.manifest.hints))},
             allow_random_backbone=allow_random_backbone,
         )
         if any(run.status == "interrupted" for run in runs):
@@ -228,3 +228,9 @@ def results(runs: "list[Run]") -> str:
         for run in runs
     ]
     return table(["head", *columns, "parameters", "s/iter", "waiting", "run"], rows)
+
+
+def _located(reader: "CacheReader") -> str:
+    """Where a cache lies, for other folders and later days: the whole path, or the URL."""
+    path = reader.storage.path()
+    return str(path.resolve()) if path else reader.url

@@ -24,14 +24,12 @@ Exit status: 0 complete and unharmed, 3 shards are missing, 4 corrupt.
 @click.option("--json", "as_json", is_flag=True, help="Print all faults as JSON.")
 def command(cache: str, deep: bool, as_json: bool) -> int:
     """Check that a cache is complete and that its files hold what their commits say. Changes nothing."""
-    from pathlib import Path
-
     from fcache.cache_spec import CorruptError, verify
     from fcache.cli.progress import Progress, size
 
     with Progress() as progress:
         result = verify(
-            Path(cache), deep=deep, report=lambda done, total: progress.show(f"verify  {done}/{total} parts of shards")
+            cache, deep=deep, report=lambda done, total: progress.show(f"verify  {done}/{total} parts of shards")
         )
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))

@@ -87,7 +87,7 @@ def extract(
 
 def check_space(plan: Plan) -> None:
     """Raises NoSpaceError if what is pending does not fit on the disk."""
-    if not plan.fits:
+    if plan.free_bytes is not None and not plan.fits:
         raise NoSpaceError(
             f"{plan.pending_bytes / 1e6:.0f} MB and a reserve of {RESERVE_BYTES / 1e6:.0f} MB are needed at "
             f"{plan.cache}, {plan.free_bytes / 1e6:.0f} MB are free; free some space, or extract fewer levels "

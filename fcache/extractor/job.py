@@ -16,19 +16,19 @@ COMPRESSION = ("none", "zstd")
 class Job:
     """What to extract, from where, to where.
 
-    `model` is a short or timm name; `weights` a file, "pretrained" or "random:SEED"; `views` the number of views a
-    training sample (None: the view recipe's; evaluation splits have one); `input_size` (height, width) overrides the
-    view recipe's; `levels` names what is stored (None: the backbone's usual ones); `subset` keeps a fixed fraction and
-    `limit` the first samples of every split; `part` (i, n) takes every n-th shard from the i-th on; `on_error` says
-    whether a sample that cannot be decoded is left out ("quarantine") or ends the run ("fail"). `device` is a torch
-    device; `workers` are decoding processes (None: by the number of processors). `batch_size` and `shard_records` are
-    used when a group is created and then stay.
+    `cache` is a path or an object-store URL; `model` is a short or timm name; `weights` a file, "pretrained" or
+    "random:SEED"; `views` the number of views a training sample (None: the view recipe's; evaluation splits have
+    one); `input_size` (height, width) overrides the view recipe's; `levels` names what is stored (None: the
+    backbone's usual ones); `subset` keeps a fixed fraction and `limit` the first samples of every split; `part` (i,
+    n) takes every n-th shard from the i-th on; `on_error` says whether a sample that cannot be decoded is left out
+    ("quarantine") or ends the run ("fail"). `device` is a torch device; `workers` are decoding processes (None: by
+    the number of processors). `batch_size` and `shard_records` are used when a group is created and then stay.
     """
 
     model: str
     dataset: str
     root: Path
-    cache: Path
+    cache: Path | str
     weights: str
     splits: tuple[str, ...] = ("train", "val")
     views: int | None = None

@@ -1,14 +1,12 @@
 """What an extraction would cost: records, bytes, free space and time, before anything is written."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from fcache.cache_spec import DataError, Manifest
+from fcache.cache_spec import DataError, Manifest, Storage, open_storage
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
 from fcache.cache_spec.store import is_cache, preview
@@ -46,11 +44,11 @@ class Plan:
     measured rate, None if it was not measured.
     """
 
-    cache: Path
+    cache: str
     features: str
     splits: tuple[SplitPlan, ...]
     level_bytes: Mapping[str, int]
-    free_bytes: int
+    free_bytes: int | None
     random_weights: str | None
     seconds: float | None = None
 
@@ -76,8 +74,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether what is still to write, and a reserve, has room."""
-        return self.pending_bytes == 0 or self.pending_bytes + RESERVE_BYTES <= self.free_bytes
+        """Whether what is still to write, and a reserve, has room; where nobody can tell, it has."""
+        needed = self.pending_bytes + RESERVE_BYTES if self.pending_bytes else 0
+        return self.free_bytes is None or needed <= self.free_bytes
 
 
 def plan(job: Job, *, measure: bool = True) -> Plan:
@@ -93,24 +92,25 @@ def plan(job: Job, *, measure: bool = True) -> Plan:
 def plan_of(prepared: Prepared) -> Plan:
     """The plan of a prepared job, with what its cache has already. Raises as `create_or_grow`."""
     job = prepared.job
-    manifest = preview(job.cache, prepared.wanted)
+    storage = open_storage(job.cache)
+    manifest = preview(storage, prepared.wanted)
     training = next((g for g in manifest.groups if g.role == "training"), manifest.groups[0])
     return Plan(
-        cache=job.cache,
+        cache=storage.url,
         features=manifest.features.key,
-        splits=tuple(_split_plan(job, manifest, name) for name in job.splits),
+        splits=tuple(_split_plan(storage, manifest, name) for name in job.splits),
         level_bytes={level.name: record_bytes((level,), training.encoding) for level in training.levels},
-        free_bytes=_free_bytes(job.cache),
+        free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
     )
 
 
-def _split_plan(job: Job, manifest: Manifest, name: str) -> SplitPlan:
+def _split_plan(storage: Storage, manifest: Manifest, name: str) -> SplitPlan:
     records = pending_records = shards = pending_shards = size = pending_size = 0
     groups = manifest.split(name)
     for group in groups:
         each = record_bytes(group.levels, group.encoding)
-        done = read_commits(job.cache, group.path, FEATURES) if is_cache(job.cache) else {}
+        done = read_commits(storage, group.path, FEATURES) if is_cache(storage) else {}
         for shard in group.shards():
             records, shards, size = records + shard.count, shards + 1, size + shard.count * each
             if shard.index not in done:
@@ -121,13 +121,6 @@ def _split_plan(job: Job, manifest: Manifest, name: str) -> SplitPlan:
     return SplitPlan(
         name, samples, groups[0].views, records, pending_records, shards, pending_shards, size, pending_size, canvases
     )
-
-
-def _free_bytes(path: Path) -> int:
-    """Free bytes for this user where `path` is or will be."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def _seconds_per_record(prepared: Prepared) -> float:

@@ -54,7 +54,7 @@ def _other_commit(writer: CacheWriter, prepared: Prepared, now: dict[str, Any]) 
     key = canonical_json(to_json(now))
     for group in writer.manifest.groups:
         if group.split in prepared.splits:
-            for commit in read_commits(writer.root, group.path, FEATURES).values():
+            for commit in read_commits(writer.storage, group.path, FEATURES).values():
                 if canonical_json(commit.fingerprint) != key and len(commit.quarantined) < commit.count:
                     return commit
     return None
@@ -64,7 +64,7 @@ def _outside(writer: CacheWriter, prepared: Prepared, commit: Commit) -> str:
     """Where recomputed features leave the tolerance, "" if nowhere."""
     group = writer.manifest.group(commit.group)
     encoding = find_encoding(group.encoding)
-    reader, decoder = open_cache(writer.root, allow_partial=True), prepared.decoder
+    reader, decoder = open_cache(writer.storage, allow_partial=True), prepared.decoder
     for start in range(0, commit.count, group.batch):
         positions = range(start, min(start + group.batch, commit.count))
         requests = [

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from fcache.cache_spec import CacheWriter, DataError, Shard
-from fcache.cache_spec.commits import commit_path
+from fcache.cache_spec import CacheWriter, DataError, Shard, Storage
+from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.extractor.decoding import Request
 from fcache.extractor.prepare import Prepared
 
@@ -57,11 +56,11 @@ def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
         if not writer.claims.acquire(task.shard.group, task.shard.index):
             continue
         # Another process may have finished it between the listing and the claim.
-        if all(_committed(writer.root, task.shard, part) for part in task.parts):
+        if all(_committed(writer.storage, task.shard, part) for part in task.parts):
             writer.claims.release(task.shard.group, task.shard.index)
             continue
         yield task
 
 
-def _committed(root: Path, shard: Shard, part: str) -> bool:
-    return (root / commit_path(shard.group, part, shard.index)).is_file()
+def _committed(storage: Storage, shard: Shard, part: str) -> bool:
+    return find_commit(storage, commit_path(shard.group, part, shard.index)) is not None

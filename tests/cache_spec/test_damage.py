@@ -22,8 +22,9 @@ from fcache.cache_spec import (
     open_writer,
     verify,
 )
-from fcache.cache_spec.commits import commit_path, read_commit
+from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.cache_spec.layout import FEATURES
+from fcache.cache_spec.local import LocalStorage
 from fcache.cache_spec.shardfile import ZSTD, decode_zstd, index_bytes, parse_index
 
 KINDS = ("semantic", "instances")
@@ -334,7 +335,7 @@ def test_every_error_of_a_cache_is_one_that_the_command_line_explains():
 
 
 def test_a_commit_is_read_back_as_it_was_written(root):
-    commit = read_commit(root / commit_path("train", FEATURES, 0))
+    commit = find_commit(LocalStorage(root), commit_path("train", FEATURES, 0))
     assert commit.ids == ("train#0", "train#1", "train#2")
     assert commit.facts == {"records": 3}
     assert set(commit.run) == {"time", "seconds", "host", "pid"}

@@ -15,8 +15,9 @@ from cachebuilder import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcache.cache_spec import IncompatibleError, IncompleteError, open_cache, open_writer, store, verify
+from fcache.cache_spec import IncompatibleError, IncompleteError, open_cache, open_writer, verify
 from fcache.cache_spec.layout import Extent, grow_group, new_group
+from fcache.cache_spec.local import LocalStorage
 
 
 def committed_files(root):
@@ -215,15 +216,15 @@ def test_a_growth_that_was_stopped_leaves_the_cache_as_it_was_and_sound(folder, 
 def test_a_reader_whose_manifest_is_replaced_under_it_reads_the_new_one(folder, monkeypatch):
     root = folder / "c"
     grow(root, manifest(group()))
-    read, roots_read = store.read_file, []
+    read, roots_read = LocalStorage.read, []
 
-    def grow_in_between(path):
-        data = read(path)
-        if path.name == "zarr.json":
+    def grow_in_between(storage, name):
+        data = read(storage, name)
+        if name == "zarr.json":
             roots_read.append(data)
             if len(roots_read) == 1:
                 open_writer(root, manifest(group(views=2)))
         return data
 
-    monkeypatch.setattr(store, "read_file", grow_in_between)
+    monkeypatch.setattr(LocalStorage, "read", grow_in_between)
     assert open_cache(root).manifest.group("train").views == 2

@@ -149,7 +149,8 @@ def test_what_is_no_cache_is_said_so(folder, content):
     root = folder / "c"
     if content == "folder":
         (root / "photos").mkdir(parents=True)
-        with pytest.raises(SpecError, match=r"not empty and no cache \(it holds photos\)"):
+        (root / "photos" / "a.jpg").write_bytes(b"")
+        with pytest.raises(SpecError, match=r"not empty and no cache \(it holds photos/a.jpg\)"):
             open_writer(root, manifest(group()))
         assert [p.name for p in root.iterdir()] == ["photos"]
     if content == "file":

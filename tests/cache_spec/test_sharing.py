@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -15,6 +16,7 @@ from cachebuilder import assert_readable_is_exact, group, manifest, write_pendin
 from fcache.cache_spec import DataError, open_cache, open_writer, verify
 from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.files import open_partial, process_alive, remove_orphans
+from fcache.cache_spec.local import LocalStorage
 
 # Claims, writes and commits until nothing is pending; prints the shards that it wrote.
 WORKER = """
@@ -94,7 +96,7 @@ def test_processes_that_grow_one_cache_at_the_same_time_lose_nothing(folder):
 
 
 def test_a_claim_is_held_by_one(folder):
-    one, two = Claims(folder), Claims(folder)
+    one, two = claims_in(folder), claims_in(folder)
     assert one.acquire("val/8x8", 3)
     assert not two.acquire("val/8x8", 3)
     assert not one.acquire("val/8x8", 3)
@@ -108,9 +110,21 @@ def test_a_claim_is_held_by_one(folder):
     assert not list((folder / "claims/val_8x8").iterdir())
 
 
+def claims_in(folder, **options):
+    return Claims(LocalStorage(folder), **options)
+
+
+def acquire_watching(claims, seconds):
+    """Asks for shard 0 until it is had; the clock of the watching runs `seconds` further at once."""
+    assert not claims.acquire("train", 0)
+    for name, seen in claims._seen.items():
+        claims._seen[name] = replace(seen, since=seen.since - seconds)
+    return claims.acquire("train", 0)
+
+
 def claim_of(folder, owner, age):
     """A claim as another process left it."""
-    assert Claims(folder).acquire("train", 0)
+    assert claims_in(folder).acquire("train", 0)
     (path,) = (folder / "claims/train").iterdir()
     path.write_text(owner if isinstance(owner, str) else json.dumps(owner))
     then = time.time() - age
@@ -130,30 +144,44 @@ def elsewhere(pid=1):
 
 def test_a_claim_of_a_dead_process_of_this_host_is_taken_over_at_once(folder):
     claim_of(folder, {"host": socket.gethostname(), "pid": dead_pid(), "token": "theirs"}, 0)
-    claims = Claims(folder)
+    claims = claims_in(folder)
     assert claims.acquire("train", 0)
     assert claims.holds("train", 0)
 
 
 def test_a_claim_of_another_host_is_taken_over_when_its_heart_has_stopped(folder):
-    claim_of(folder, elsewhere(), 100)
-    assert not Claims(folder).acquire("train", 0)
-    claim_of_age = folder / "claims/train/000000.json"
+    path = claim_of(folder, elsewhere(), 100)
+    assert not acquire_watching(claims_in(folder), 41)
     then = time.time() - 121
-    os.utime(claim_of_age, (then, then))
-    assert Claims(folder).acquire("train", 0)
+    os.utime(path, (then, then))
+    assert not acquire_watching(claims_in(folder), 39)
+    assert acquire_watching(claims_in(folder), 41)
+
+
+@pytest.mark.parametrize("jump", [-86400, 86400])
+def test_a_clock_that_jumped_takes_no_claim_from_a_living_process(folder, jump):
+    path, claims = claim_of(folder, elsewhere(), jump), claims_in(folder)
+    assert not acquire_watching(claims, 41 if jump < 0 else 39)
+    # Its holder's clock jumped: it beats on, and the watching begins anew.
+    for beat in range(3):
+        os.utime(path, (1e9 + 20 * beat, 1e9 + 20 * beat))
+        assert not acquire_watching(claims, 39)
+    # Then it dies: whatever the clocks say, it is noticed after a while.
+    os.utime(path, (4e9, 4e9))
+    assert not acquire_watching(claims, 119)
+    assert acquire_watching(claims_in(folder), 121)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": 1}', '{"host": "h", "pid": "x", "token": "t"}'])
 def test_a_claim_that_says_nothing_waits_for_its_time(folder, text):
     path = claim_of(folder, text, 10)
-    assert not Claims(folder).acquire("train", 0)
+    assert not claims_in(folder).acquire("train", 0)
     os.utime(path, (0, 0))
-    assert Claims(folder).acquire("train", 0)
+    assert acquire_watching(claims_in(folder), 41)
 
 
 def test_a_beat_keeps_a_claim_and_a_stopped_process_learns_that_it_lost_it(folder):
-    sleeper, other = Claims(folder, stale_seconds=0.2), Claims(folder, stale_seconds=0.2)
+    sleeper, other = claims_in(folder, stale_seconds=0.2), claims_in(folder, stale_seconds=0.2)
     assert sleeper.acquire("train", 0)
     for _ in range(6):
         time.sleep(0.05)
@@ -171,7 +199,10 @@ def test_a_beat_keeps_a_claim_and_a_stopped_process_learns_that_it_lost_it(folde
 def test_only_one_of_many_takes_a_stale_claim_over(folder):
     for _ in range(20):
         claim_of(folder, elsewhere(), 1000)
-        claims, won, barrier = [Claims(folder) for _ in range(8)], [], Barrier(8)
+        claims, won, barrier = [claims_in(folder, stale_seconds=0.01) for _ in range(8)], [], Barrier(8)
+        for c in claims:
+            assert not c.acquire("train", 0)
+        time.sleep(0.02)
 
         def take(mine, barrier=barrier, won=won):
             barrier.wait()
@@ -191,9 +222,9 @@ def test_only_one_of_many_takes_a_stale_claim_over(folder):
 
 def test_the_lock_waits_for_a_living_holder_and_names_it(folder):
     with (
-        Claims(folder).lock(),
+        claims_in(folder).lock(),
         pytest.raises(DataError, match=rf"lock is held by another process \(.*{os.getpid()}.*creates or grows"),
-        Claims(folder).lock(wait_seconds=0.1),
+        claims_in(folder).lock(wait_seconds=0.1),
     ):
         pass
     assert not (folder / "lock").exists()
@@ -202,7 +233,7 @@ def test_the_lock_waits_for_a_living_holder_and_names_it(folder):
 def test_the_lock_of_a_dead_process_is_taken_over(folder):
     owner = {"host": socket.gethostname(), "pid": dead_pid(), "token": "theirs"}
     (folder / "lock").write_text(json.dumps(owner))
-    with Claims(folder).lock(wait_seconds=5):
+    with claims_in(folder).lock(wait_seconds=5):
         assert (folder / "lock").exists()
     assert not (folder / "lock").exists()
 
@@ -235,7 +266,7 @@ def test_the_folder_of_temporary_files_may_vanish_at_any_time(folder, monkeypatc
     file.close()
     assert len(vanished) == 3
     vanished.clear()
-    assert Claims(folder).acquire("train", 0)
+    assert claims_in(folder).acquire("train", 0)
 
 
 def test_processes_are_told_apart(folder):
@@ -251,7 +282,7 @@ def test_processes_are_told_apart(folder):
 
 def test_finishing_leaves_nothing_of_the_work_behind(folder):
     writer = open_writer(folder / "c", manifest(group()))
-    other = Claims(folder / "c")
+    other = claims_in(folder / "c")
     assert other.acquire("train", 2)
     assert writer.claims.acquire("train", 1)
     write_pending(writer)
@@ -265,7 +296,11 @@ def test_finishing_leaves_nothing_of_the_work_behind(folder):
 
 def test_who_takes_over_too_late_gives_the_winners_claim_back(folder, monkeypatch):
     claim_of(folder, elsewhere(), 1000)
-    slow, quick, renamed = Claims(folder), Claims(folder), Path.rename
+    slow, quick = (claims_in(folder, stale_seconds=0.01) for _ in range(2))
+    renamed = Path.rename
+    assert not slow.acquire("train", 0)
+    assert not quick.acquire("train", 0)
+    time.sleep(0.02)
 
     def rename_after_the_other(self, target):
         monkeypatch.setattr(Path, "rename", renamed)

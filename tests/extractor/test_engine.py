@@ -21,6 +21,7 @@ from fcache.cache_spec import (
     StreamConfig,
     open_cache,
     open_source,
+    open_storage,
     verify,
 )
 from fcache.cache_spec.commits import read_commits
@@ -155,7 +156,7 @@ def test_a_file_that_vanishes_while_extracting_fails_and_is_not_quarantined(make
 
     with pytest.raises(DataError, match="reading failed repeatedly"):
         extract(job, report=remove_later)
-    assert all(not c.quarantined for c in read_commits(job.cache, "train", "features").values())
+    assert all(not c.quarantined for c in read_commits(open_storage(job.cache), "train", "features").values())
 
 
 @pytest.mark.parametrize(
