@@ -17,6 +17,8 @@ from fcache.cache_spec.errors import IncompleteError as IncompleteError
 from fcache.cache_spec.errors import NoSpaceError as NoSpaceError
 from fcache.cache_spec.errors import SpecError as SpecError
 from fcache.cache_spec.errors import unknown_name as unknown_name
+from fcache.cache_spec.following import FollowingSource as FollowingSource
+from fcache.cache_spec.following import follow_source as follow_source
 from fcache.cache_spec.identity import canonical_json as canonical_json
 from fcache.cache_spec.identity import digest as digest
 from fcache.cache_spec.identity import first_difference as first_difference

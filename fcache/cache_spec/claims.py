@@ -13,10 +13,10 @@ import socket
 import time
 import uuid
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fcache.cache_spec.errors import CorruptError, DataError
+from fcache.cache_spec.errors import DataError
 from fcache.cache_spec.files import process_alive
 from fcache.cache_spec.storage import Storage
 
@@ -89,7 +89,7 @@ class Claims:
                 self.held.add(name)
                 return True
             try:
-                found, stamp, age = self._read(name), self.storage.stamp(name), self.storage.age(name)
+                found, stamp, age = self.storage.read(name), self.storage.stamp(name), self.storage.age(name)
             except FileNotFoundError:
                 continue
             if not (holder_died(found) or self._rests(name, (found, stamp), age)):
@@ -115,15 +115,9 @@ class Claims:
             self.storage.remove(name)
         self.held.discard(name)
 
-    def _read(self, name: str) -> bytes:
-        """What a claim holds; one that cannot be read holds nothing, and waits until it is stale."""
-        with suppress(CorruptError):
-            return self.storage.read(name)
-        return b""
-
     def _owner(self, name: str) -> dict[str, str]:
         try:
-            return parse_owner(self._read(name))
+            return parse_owner(self.storage.read(name))
         except FileNotFoundError:
             return {}
 

@@ -1,17 +1,21 @@
 """Commit records: the only thing that makes a shard exist."""
 
+import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.identity import digest, from_json, to_json
+from fcache.cache_spec.identity import canonical_json, digest, digest_of_data, from_json, to_json
 from fcache.cache_spec.layout import FEATURES, Shard
+from fcache.cache_spec.names import Names
 from fcache.cache_spec.storage import Storage
+
+TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,13 @@ class Commit:
     @property
     def content(self) -> str:
         """Digest of what the shard holds: its files and its quarantined samples."""
-        return digest({"files": self.files, "quarantined": self.quarantined})
+        return digest_of_data({"files": dict(self.files), "quarantined": dict(self.quarantined)})
 
-    def fits(self, shard: Shard, ids: Sequence[str]) -> bool:
+    def fits(self, shard: Shard, ids: Names) -> bool:
         """Whether it records what the manifest expects there: the records, view and samples of `shard`."""
         expected = (shard.index, shard.first, shard.count, shard.view)
         found = (self.shard, self.first, self.count, self.view)
-        return found == expected and self.ids == tuple(ids[shard.sample : shard.sample + shard.count])
+        return found == expected and self.ids == ids[shard.sample : shard.sample + shard.count]
 
 
 def commit_path(group: str, part: str, shard: int) -> str:
@@ -60,21 +64,26 @@ def commit_path(group: str, part: str, shard: int) -> str:
 def write_commit(storage: Storage, commit: Commit) -> None:
     """Writes a commit durably; from now on its shard exists."""
     body = to_json(commit)
-    data = json.dumps({**body, "digest": digest(body)}, indent=1, sort_keys=True).encode() + b"\n"
+    data = canonical_json({**body, "digest": digest(body)})
     storage.write(commit_path(commit.group, commit.part, commit.shard), data)
 
 
 def read_commits(storage: Storage, group: str, part: str) -> dict[int, Commit]:
     """All commits of a part of a group by shard. Raises CorruptError if one is damaged."""
+    return {c.shard: c for c in each_commit(storage, group, part)}
+
+
+def each_commit(storage: Storage, group: str, part: str) -> Iterator[Commit]:
+    """The commits of a part of a group, some of them in memory at a time. Raises CorruptError if one is damaged."""
     folder = commit_path(group, part, 0).rpartition("/")[0]
     names = [f"{folder}/{n}" for n in storage.names(folder) if n.endswith(".json") and n[:-5].isdecimal()]
-    try:
-        found = zip(names, storage.read_many(names), strict=True)
-        commits = [_parse(storage, name, data) for name, data in found]
-    except FileNotFoundError:
-        # One was retracted between the listing and the reading: its shard is written anew.
-        commits = [c for name in names if (c := find_commit(storage, name)) is not None]
-    return {c.shard: c for c in commits}
+    for start in range(0, len(names), TOGETHER):
+        some = names[start : start + TOGETHER]
+        try:
+            yield from [_parse(storage, name, data) for name, data in zip(some, storage.read_many(some), strict=True)]
+        except FileNotFoundError:
+            # One was retracted between the listing and the reading: its shard is written anew.
+            yield from [c for name in some if (c := find_commit(storage, name)) is not None]
 
 
 def find_commit(storage: Storage, name: str) -> Commit | None:
@@ -90,7 +99,7 @@ def _parse(storage: Storage, name: str, data: bytes) -> Commit:
     try:
         body = json.loads(data)
         stated = body.pop("digest")
-        changed = stated != digest(body)
+        changed = not _is_canonical(data, stated) and stated != digest(body)
         commit = from_json(Commit, body)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise CorruptError(f"{where}: not a commit record ({type(e).__name__}: {e}); run `fcache repair`") from e
@@ -99,6 +108,12 @@ def _parse(storage: Storage, name: str, data: bytes) -> Commit:
     if name != commit_path(commit.group, commit.part, commit.shard):
         raise CorruptError(f"{where}: a commit record of another place was put here; run `fcache repair`")
     return commit
+
+
+def _is_canonical(data: bytes, stated: Any) -> bool:
+    """Whether a commit is canonical JSON with the digest that it states: then nothing needs to be written again."""
+    field = f'"digest":"{stated}",'.encode()
+    return data.count(field) == 1 and hashlib.sha256(data.replace(field, b"")).hexdigest() == stated
 
 
 def run_facts(started: float) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """Durable files: temporary file, fsync, rename; and one wording for full disks, read-only folders, unreadable files."""
 
+import ctypes
 import errno
 import os
 import socket
+import stat
+import sys
 import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
 
@@ -17,6 +22,7 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 BLOCKED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 # Another host's processes cannot be asked; nothing that is being written rests for a day.
 ORPHAN_SECONDS = 86400.0
+LARGEST_READ = 1 << 30
 
 
 @contextmanager
@@ -37,11 +43,28 @@ def explained(path: Path) -> Generator[None]:
         raise
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises FileNotFoundError, DataError without permission, CorruptError if unreadable."""
+def read_file(path: Path | str) -> bytes:
+    """The bytes of a small file. Raises FileNotFoundError, DataError without permission, CorruptError if it cannot be
+    read: what is no regular file (a pipe would wait for ever) or is larger than any file that is read whole.
+    """
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
+        # Not through Path: a cache of many shards has many commits.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            state = os.fstat(fd)
+            if not stat.S_ISREG(state.st_mode) or state.st_size > LARGEST_READ:
+                raise CorruptError(
+                    f"{path} is no file of a cache (type {stat.S_IFMT(state.st_mode):o}, {state.st_size} bytes)"
+                )
+            found = os.read(fd, state.st_size + 1)
+            while len(found) < state.st_size and (more := os.read(fd, state.st_size)):
+                found += more
+            return found
+        finally:
+            os.close(fd)
+    except FileNotFoundError as e:
+        if os.path.islink(path):
+            raise CorruptError(f"{path} is a broken link; remove it, or restore what it points to") from e
         raise
     except OSError as e:
         raise unreadable(path, e) from e
@@ -94,6 +117,7 @@ def remove_orphans(root: Path) -> int:
     """Removes temporary files of dead processes of this host, and old ones of other hosts; returns how many."""
     removed = 0
     folder = root / "partial"
+    refuse_links(root, "partial/x")
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -123,6 +147,28 @@ def process_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def begin_writing(fd: int, offset: int, length: int) -> None:
+    """Has the disk begin with written bytes, where the system can (Linux); only an fsync makes them durable."""
+    if sys.platform == "linux":
+        _sync_file_range()(fd, offset, length, 2)
+
+
+@cache
+def _sync_file_range() -> Any:
+    function = ctypes.CDLL(None).sync_file_range
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def refuse_links(root: Path, name: str) -> None:
+    """Raises DataError if a folder on the way to a file of a cache is a link: what is removed there lies elsewhere."""
+    path = root
+    for part in name.split("/")[:-1]:
+        path = path / part
+        if path.is_symlink():
+            raise DataError(f"{path} is a link; nothing is written or removed behind links inside a cache")
 
 
 def sync_folder(folder: Path) -> None:
@@ -163,6 +209,8 @@ def write_durably(root: Path, path: Path, data: bytes) -> None:
 def remove_if_empty(*folders: Path) -> None:
     """Removes folders that hold nothing, deepest first."""
     for top in folders:
+        if top.is_symlink():
+            continue
         for folder, _, _ in os.walk(top, topdown=False):
             with suppress(OSError):
                 os.rmdir(folder)

@@ -1,15 +1,15 @@
 """Blocks of one group, filled from the cache's files into buffers that are used again."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
-from fcache.cache_spec.access import ArrayAccess
+from fcache.cache_spec.access import ArrayAccess, read_arrays
 from fcache.cache_spec.block import Block, CodedLevel
 from fcache.cache_spec.encodings import find_encoding
-from fcache.cache_spec.errors import CorruptError
+from fcache.cache_spec.errors import CorruptError, SpecError
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.reader import CacheReader, GroupRecords, check_count
 from fcache.cache_spec.spec import LevelSpec
@@ -17,61 +17,147 @@ from fcache.cache_spec.view import View
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 Buffers = dict[str, np.ndarray]
+Frame = tuple[tuple[str, ...], tuple[View, ...], tuple[int, ...]]
+
+
+class Filler(Protocol):
+    """What makes the blocks of a group; several threads may fill at the same time."""
+
+    @property
+    def records(self) -> GroupRecords:
+        """The records that rows number."""
+        ...
+
+    def fill(self, rows: np.ndarray, buffers: Buffers) -> Block[np.ndarray]:
+        """The block of some rows, in that order, in `buffers`."""
+        ...
+
+    def frame(self, rows: np.ndarray) -> Frame:
+        """Ids, views and view indices of some rows: what their block says without its arrays."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Bytes of all records in memory, coded: levels and targets, ragged ones at their true length."""
+        ...
+
+    def coded(self) -> "Filler":
+        """The same without decoding."""
+        ...
 
 
 @dataclass(frozen=True)
 class GroupFiller:
     """Fills blocks of at most `batch_size` records of one group; make one with `group_filler`.
 
-    Arrays are looked up once: a batch is filled in some milliseconds, in which looking up would show.
+    Arrays are looked up once: a batch is filled in some milliseconds, in which looking up would show. With `decode`,
+    an encoding, blocks hold levels in that one.
     """
 
     records: GroupRecords
     levels: tuple[tuple[LevelSpec, Mapping[str, ArrayAccess]], ...]
+    tables: Mapping[str, Mapping[str, np.ndarray]]
     index: Mapping[str, ArrayAccess]
     targets: Mapping[str, tuple[ArrayAccess, ArrayAccess | None]]
     batch_size: int
+    decode: str | None
     allocate: Allocate
 
-    def fill(self, positions: np.ndarray, buffers: Buffers) -> Block[np.ndarray]:
-        """The block of the records at `positions` (of `records`), in that order, in `buffers`."""
-        group, numbers = self.records.group, self.records.records[positions].tolist()
+    def fill(self, rows: np.ndarray, buffers: Buffers) -> Block[np.ndarray]:
+        """The block of the records at `rows` (of `records`), in that order, in `buffers`."""
+        numbers = self.records.records[rows]
+        jobs: list[tuple[ArrayAccess, np.ndarray, np.ndarray]] = []
 
-        def read(name: str, access: ArrayAccess) -> np.ndarray:
-            if name not in buffers:
-                buffers[name] = self.allocate((self.batch_size, *access.spec.shape), access.dtype)
-            out = buffers[name][: len(numbers)]
-            access.read_into(numbers, out)
+        def wanted(name: str, access: ArrayAccess, allocate: Allocate = self.allocate) -> np.ndarray:
+            out = buffer(buffers, name, (self.batch_size, *access.spec.shape), access.dtype, allocate)[: len(numbers)]
+            jobs.append((access, numbers, out))
             return out
 
-        levels = {
-            level.name: CodedLevel(
-                level, group.encoding, {suffix: read(level.name + suffix, a) for suffix, a in parts.items()}, {}
-            )
+        # What is decoded here never crosses to a device, its buffers need not be those for that.
+        allocate = np.empty if self.decodes else self.allocate
+        coded = [
+            (level, {suffix: wanted(level.name + suffix, a, allocate) for suffix, a in parts.items()})
             for level, parts in self.levels
-        }
-        index = {name: read(name, access) for name, access in self.index.items()}
-        targets: dict[str, np.ndarray | Sequence[np.ndarray]] = {}
-        for name, (access, counts) in self.targets.items():
-            values = read(f"targets/{name}", access)
+        ]
+        index = {name: wanted(name, access) for name, access in self.index.items()}
+        values = {path: wanted(f"targets/{path}", access) for path, (access, _) in self.targets.items()}
+        counts = {path: wanted(f"targets/{path}.count", c) for path, (_, c) in self.targets.items() if c is not None}
+        read_arrays(jobs)
+        ids, views, view_indices = self._frame(rows, index)
+        targets: dict[str, np.ndarray | Sequence[np.ndarray]] = {**values}
+        for path, found in counts.items():
+            used = zip(values[path], found, numbers.tolist(), strict=True)
+            targets[path] = [v[: check_count(n, self.targets[path][0].spec, number)] for v, n, number in used]
+        levels = {level.name: self.level(level, parts, None, len(rows), buffers) for level, parts in coded}
+        return Block(ids, views, view_indices, levels, targets)
+
+    def frame(self, rows: np.ndarray) -> Frame:
+        """Ids, views and view indices of the records at `rows`: what a block says without its arrays."""
+        numbers = self.records.records[rows]
+        index = {name: np.empty((len(numbers), *a.spec.shape), a.dtype) for name, a in self.index.items()}
+        read_arrays([(access, numbers, index[name]) for name, access in self.index.items()])
+        return self._frame(rows, index)
+
+    def num_bytes(self) -> int:
+        """Bytes of all records in memory, coded: levels and targets, ragged ones at their true length."""
+        record = sum(a.spec.record_bytes for _, parts in self.levels for a in parts.values())
+        numbers, total = self.records.records, 0
+        for access, counts in self.targets.values():
             if counts is None:
-                targets[name] = values
+                record += access.spec.record_bytes
                 continue
-            used = zip(values, read(f"targets/{name}.count", counts), numbers, strict=True)
-            targets[name] = [v[: check_count(n, access.spec, number)] for v, n, number in used]
-        samples, views = self.records.samples[positions].tolist(), self.records.views[positions].tolist()
+            found = np.empty(len(numbers), counts.dtype)
+            read_arrays([(counts, numbers, found)])
+            total += int(found.sum(dtype=np.int64)) * (access.spec.record_bytes // access.spec.shape[0])
+        return total + record * len(numbers)
+
+    def coded(self) -> "GroupFiller":
+        """The same without decoding."""
+        return replace(self, decode=None)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether blocks hold levels otherwise than stored."""
+        return self.decode not in (None, self.records.group.encoding)
+
+    def level(
+        self,
+        level: LevelSpec,
+        parts: Mapping[str, np.ndarray],
+        rows: np.ndarray | None,
+        count: int,
+        buffers: Buffers,
+    ) -> CodedLevel[np.ndarray]:
+        """A level of a block of `count` records, decoded if this decodes, from `parts` (their `rows`, None: in order).
+
+        Raises SpecError if a feature does not fit into what it is decoded to.
+        """
+        group, tables = self.records.group, self.tables.get(level.name, {})
+        if not self.decodes:
+            return CodedLevel(level, group.encoding, parts, tables)
+        assert self.decode is not None
+        decode, dtype = find_encoding(group.encoding).decode, np.dtype("f4" if self.decode == "fp32" else "f2")
+        whole = buffer(buffers, f"{level.name} decoded", (self.batch_size, *level.shape), dtype, self.allocate)
+        out = whole[:count]
+        try:
+            with np.errstate(over="raise"):
+                # One record at a time: what it is made from and of stays in the core's own cache.
+                for i, row in enumerate(range(count) if rows is None else rows.tolist()):
+                    one = {suffix: x[row : row + 1] for suffix, x in parts.items()}
+                    decode(one, level, tables, np, out=out[i : i + 1])
+        except FloatingPointError:
+            raise SpecError(
+                f"{group.path}/{level.name} holds features that do not fit into {self.decode}; decode to fp32"
+            ) from None
+        return CodedLevel(level, self.decode, {"": out}, {})
+
+    def _frame(self, rows: np.ndarray, index: Mapping[str, np.ndarray]) -> Frame:
+        group = self.records.group
+        samples, views = self.records.samples[rows].tolist(), self.records.views[rows].tolist()
         self._check("index/sample", index["index/sample"].tolist(), samples)
         self._check("index/view", index["index/view"].tolist(), views)
-        return Block(
-            ids=tuple(group.ids[i] for i in samples),
-            views=_views(group.canvas, index),
-            view_indices=tuple(views),
-            levels=levels,
-            targets=targets,
-        )
+        return tuple(group.ids[i] for i in samples), _views(group.canvas, index), tuple(views)
 
     def _check(self, name: str, found: list[int], expected: list[int]) -> None:
-        """Raises CorruptError if the stored index says something else than the manifest: targets would not belong."""
         if found != expected:
             raise CorruptError(
                 f"{self.records.group.path}/{name} is {found}, the manifest says {expected}; run `fcache verify --deep`"
@@ -85,6 +171,7 @@ def group_filler(
     kinds: Sequence[str],
     *,
     batch_size: int,
+    decode: str | None,
     allocate: Allocate,
 ) -> GroupFiller:
     """A filler for these records, levels and kinds of target."""
@@ -102,11 +189,20 @@ def group_filler(
             (level, {p.suffix: reader.access(group, FEATURES, level.name + p.suffix) for p in parts(level)})
             for level in levels
         ),
+        tables=reader.tables(group),
         index={a.path: reader.access(group, FEATURES, a.path) for a in group.index_arrays()},
         targets=targets,
         batch_size=batch_size,
+        decode=decode,
         allocate=allocate,
     )
+
+
+def buffer(buffers: Buffers, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], allocate: Allocate) -> np.ndarray:
+    """The buffer of that name, allocated when it is first asked for."""
+    if name not in buffers:
+        buffers[name] = allocate(shape, dtype)
+    return buffers[name]
 
 
 def _views(canvas: tuple[int, int], index: Mapping[str, np.ndarray]) -> tuple[View, ...]:

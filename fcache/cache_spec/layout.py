@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from fcache.cache_spec.arrays import ArraySpec, with_counts
 from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import IncompatibleError, SpecError
+from fcache.cache_spec.names import Names
 from fcache.cache_spec.spec import ROLES, FeatureSpec, LevelSpec, TargetSpec
 from fcache.cache_spec.targets import target_arrays
 
-FORMAT = 1
+FORMAT = 2
 FEATURES = "features"
 SHARD_BYTES = 256_000_000
+# Numbers of a record, or bytes of a ragged target: what no memory holds is no size.
+LARGEST_RECORD = 2**36
 RESERVED = frozenset({"commits", "manifest", "claims", "partial", "lock", "tables"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -66,16 +70,20 @@ class Group:
     encoding: str
     shard_records: int
     batch: int
-    ids: tuple[str, ...]
-    digests: tuple[str, ...]
+    ids: Names
+    digests: Names
     views: int
     extents: tuple[Extent, ...]
     compression: str = "none"
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES or not self.ids or len(set(self.ids)) != len(self.ids):
-            raise SpecError(f"group {self.path!r}: a role of {ROLES} and unique sample ids are expected")
+        # Callers may give any sequence of strings; names of a file were unique when it was written.
+        given = not isinstance(self.ids, Names)  # pyright: ignore[reportUnnecessaryIsInstance]
+        object.__setattr__(self, "ids", Names.of(self.ids))
+        object.__setattr__(self, "digests", Names.of(self.digests))
+        if self.role not in ROLES or not len(self.ids):
+            raise SpecError(f"group {self.path!r}: a role of {ROLES} and sample ids are expected")
         if len(self.ids) != len(self.digests) or min(self.shard_records, self.batch, self.views) < 1:
             raise SpecError(f"group {self.path!r}: one digest an id, positive shard size, batch and views are expected")
         if small := {name: n for name, n in self.limits.items() if n < 1}:
@@ -86,9 +94,29 @@ class Group:
                 f"a split or group is named with letters, digits, '.', '_' and '-', and not "
                 f"{', '.join(sorted(RESERVED))}; got {self.path!r}"
             )
+        if given:
+            check_unique(self)
+        for what, sizes in {"canvas": self.canvas, **{x.name: x.shape for x in self.levels}}.items():
+            if min(sizes) < 1 or math.prod(sizes) > LARGEST_RECORD:
+                raise SpecError(f"group {self.path!r}: {what} has sizes from 1 to {LARGEST_RECORD} in all, got {sizes}")
+        if large := {name: n for name, n in self.limits.items() if n > LARGEST_RECORD}:
+            raise SpecError(f"group {self.path!r}: limits of ragged targets are at most {LARGEST_RECORD}, got {large}")
+        self._check_extents()
         levels = [level.name for level in self.levels]
         if bad := [n for n in levels if not NAME.fullmatch(n) or n in ("index", "targets") or levels.count(n) > 1]:
             raise SpecError(f"group {self.path!r}: levels have unique plain names, got {bad}")
+
+    def _check_extents(self) -> None:
+        """Raises SpecError unless every extent is one of existing samples and views, on shards of its own."""
+        end = 0
+        for e in self.extents:
+            samples = 0 <= e.sample < e.sample + e.count <= len(self.ids)
+            if not samples or not 0 <= e.view < self.views or e.first != _next_shard(end, self.shard_records):
+                raise SpecError(
+                    f"group {self.path!r}: an extent holds views of the {len(self.ids)} samples and begins at the next "
+                    f"shard, got {e} behind record {end}"
+                )
+            end = e.first + e.count
 
     @property
     def num_shards(self) -> int:
@@ -209,8 +237,19 @@ def choose_shard_records(num_samples: int, bytes_per_record: int) -> int:
 
 
 def new_group(group: Group) -> Group:
-    """`group` with the extents of its samples and views, laid out from record 0."""
+    """`group` with the extents of its samples and views, laid out from record 0.
+
+    Raises SpecError if two samples have one id.
+    """
+    check_unique(group)
     return replace(group, extents=_append((), group, range(group.views), 0, len(group.ids)))
+
+
+def check_unique(group: Group) -> None:
+    """Raises SpecError if two samples of a group have one id."""
+    if len(set(group.ids)) != len(group.ids):
+        twice = next(name for name, n in Counter(group.ids).items() if n > 1)
+        raise SpecError(f"group {group.path!r}: sample ids are unique, {twice!r} is there more than once")
 
 
 def grow_group(old: Group, new: Group) -> Group:
@@ -224,6 +263,7 @@ def grow_group(old: Group, new: Group) -> Group:
                 f"group {old.path!r}: {name} is {getattr(old, name)} in the cache, {getattr(new, name)} was asked for; "
                 "use another --cache"
             )
+    check_unique(new)
     known = dict(zip(old.ids, old.digests, strict=True))
     added = [(i, d) for i, d in zip(new.ids, new.digests, strict=True) if i not in known]
     for i, d in zip(new.ids, new.digests, strict=True):
@@ -237,14 +277,18 @@ def grow_group(old: Group, new: Group) -> Group:
     if added:
         extents = _append(extents, old, range(views), count, len(added))
     return replace(
-        old, ids=(*old.ids, *(i for i, _ in added)), digests=(*old.digests, *(d for _, d in added)),
+        old, ids=Names.of([*old.ids, *(i for i, _ in added)]), digests=Names.of([*old.digests, *(d for _, d in added)]),
         views=views, extents=extents, limits={**new.limits, **old.limits},
     )  # fmt: skip
+
+
+def _next_shard(end: int, shard_records: int) -> int:
+    """The first record of the first shard behind record `end`."""
+    return -(-end // shard_records) * shard_records
 
 
 def _append(extents: tuple[Extent, ...], group: Group, views: range, sample: int, count: int) -> tuple[Extent, ...]:
     for view in views:
         end = extents[-1].first + extents[-1].count if extents else 0
-        first = math.ceil(end / group.shard_records) * group.shard_records
-        extents = (*extents, Extent(first, view, sample, count))
+        extents = (*extents, Extent(_next_shard(end, group.shard_records), view, sample, count))
     return extents

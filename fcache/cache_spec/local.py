@@ -1,5 +1,6 @@
 """A cache in a folder of this machine, or of a network file system."""
 
+import errno
 import os
 import shutil
 import time
@@ -16,6 +17,7 @@ from fcache.cache_spec.files import (
     partial_path,
     read_exactly,
     read_file,
+    refuse_links,
     remove_if_empty,
     remove_orphans,
     sync_folder,
@@ -24,6 +26,9 @@ from fcache.cache_spec.files import (
     write_durably,
 )
 from fcache.cache_spec.storage import Range
+
+# File systems without hard links.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalFile:
@@ -86,14 +91,14 @@ class LocalStorage:
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         """Whole files. Raises FileNotFoundError."""
-        return [read_file(self.root / name) for name in names]
+        return [read_file(f"{self.root}/{name}") for name in names]
 
     def read_ranges(self, ranges: Sequence[Range]) -> None:
         """Fills each (name, offset, out). Raises FileNotFoundError, and CorruptError if a file ends before."""
         for name, offset, out in ranges:
             path = self.root / name
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
                 raise
             except OSError as e:
@@ -136,6 +141,7 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file: after a crash it is absent, old or complete, never part."""
+        refuse_links(self.root, name)
         with explained(self.root / name):
             self._make_root()
             write_durably(self.root, self.root / name, data)
@@ -143,28 +149,44 @@ class LocalStorage:
     def create(self, name: str, data: bytes) -> bool:
         """Writes a small file if there is none of that name, else returns False."""
         path = self.root / name
+        refuse_links(self.root, name)
         with explained(path):
             self._make_root()
-            for _ in range(8):
-                # Another process that finished may remove the folder while it is empty.
-                with suppress(FileNotFoundError):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    try:
-                        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                    except FileExistsError:
-                        return False
-                    try:
-                        with os.fdopen(fd, "wb") as f:
-                            f.write(data)
-                    except BaseException:
-                        path.unlink(missing_ok=True)
-                        raise
-                    return True
+            # Linked under its name with its content: one that is empty for a moment would say nothing for ever, if its
+            # process were killed right then.
+            whole, file = open_partial(self.root)
+            try:
+                with file:
+                    write_all(file, data)
+                for _ in range(8):
+                    # Another process that finished may remove the folder while it is empty.
+                    with suppress(FileNotFoundError):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        return self._link(whole, path, data)
+            finally:
+                whole.unlink(missing_ok=True)
         return False
+
+    def _link(self, whole: Path, path: Path, data: bytes) -> bool:
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            return False
+        except OSError as e:
+            if e.errno not in NO_LINKS:
+                raise
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                return False
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+        return True
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         """Writes a small file if it still holds `old`, else returns False."""
         path = self.root / name
+        refuse_links(self.root, name)
         # A temporary file, so that it is cleaned up after if this process is killed right now.
         retired = partial_path(self.root)
         try:
@@ -189,21 +211,23 @@ class LocalStorage:
 
     def stamp(self, name: str) -> str:
         """The time of its last change. Raises FileNotFoundError."""
-        return str((self.root / name).stat().st_mtime_ns)
+        return str((self.root / name).lstat().st_mtime_ns)
 
     def age(self, name: str) -> float:
         """Seconds since a file was written or touched. Raises FileNotFoundError."""
-        return time.time() - (self.root / name).stat().st_mtime
+        return time.time() - (self.root / name).lstat().st_mtime
 
     def remove(self, name: str) -> None:
         """Removes a file durably; nothing happens if there is none."""
         path = self.root / name
+        refuse_links(self.root, name)
         with explained(path), suppress(FileNotFoundError):
             path.unlink()
             sync_folder(path.parent)
 
     def new_file(self, name: str) -> LocalFile:
         """A file to be published under that name."""
+        refuse_links(self.root, name)
         return LocalFile(self.root, self.root / name)
 
     def sweep(self) -> int:

@@ -17,12 +17,25 @@ def generator(*key: object) -> np.random.Generator:
 
 def subset_ids(ids: Sequence[str], fraction: float, *, seed: int = 0) -> tuple[str, ...]:
     """A fixed subset of `ids` in their order: ceil(fraction * n) of them, nested (1 % lies in 10 %)."""
+    kept = subset_mask(ids, fraction, seed=seed)
+    return tuple(ids[i] for i in np.flatnonzero(kept).tolist())
+
+
+def subset_mask(ids: Sequence[str], fraction: float, *, seed: int = 0) -> np.ndarray:
+    """Which of `ids` are in `subset_ids`, bool [n]. Raises SpecError for an impossible fraction."""
     if not 0 < fraction <= 1:
         raise SpecError(f"a subset is more than 0 % and at most 100 %, got {fraction:.4%}")
-    ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}|{i}".encode()).digest())
+    digests = b"".join(hashlib.sha256(f"{seed}|{i}".encode()).digest() for i in ids)
+    # Big-endian words sort as the digests do; the first one nearly always decides.
+    words = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
+    first = words[:, 0].astype(np.uint64)
     # Rounded first: 0.07 * 100 is a little more than 7.
-    kept = set(ranked[: max(1, math.ceil(round(fraction * len(ids), 6)))])
-    return tuple(i for i in ids if i in kept)
+    count = max(1, math.ceil(round(fraction * len(ids), 6)))
+    last = np.partition(first, count - 1)[count - 1]
+    kept = first < last
+    equal = np.flatnonzero(first == last)
+    kept[equal[np.lexsort(words[equal].T[::-1])][: count - int(kept.sum())]] = True
+    return kept
 
 
 def parse_fraction(text: str) -> float:
@@ -63,3 +76,12 @@ def epoch_batches(
         batches = [batches[i] for i in rng.permutation(len(batches))]
     rank, processes = world
     return batches[rank::processes][: len(batches) // processes] if processes > 1 else batches
+
+
+def num_batches(sizes: Sequence[int], *, batch_size: int, drop_last: bool, world: tuple[int, int]) -> int:
+    """How many batches `epoch_batches` gives."""
+    total = 0
+    for size in sizes:
+        full, rest = divmod(size, batch_size)
+        total += full + (1 if rest and not (drop_last and full) else 0)
+    return total // world[1]

@@ -12,11 +12,11 @@ import numpy as np
 from fcache.cache_spec.access import ArrayAccess, OpenShards, ReadOptions
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.block import SourceInfo
-from fcache.cache_spec.commits import Commit, read_commits
-from fcache.cache_spec.errors import CorruptError, IncompatibleError, IncompleteError, unknown_name
+from fcache.cache_spec.commits import each_commit
+from fcache.cache_spec.committed import Committed, gather
+from fcache.cache_spec.errors import CorruptError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
-from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
-from fcache.cache_spec.shardfile import shard_key
+from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
@@ -40,7 +40,7 @@ class CacheReader:
         self.manifest: Manifest = read_manifest(storage)
         self.allow_partial = allow_partial
         self.options = options
-        self._commits: dict[tuple[str, str], dict[int, Commit]] = {}
+        self._committed: dict[tuple[str, str], Committed] = {}
         self._access: dict[tuple[str, str], ArrayAccess] = {}
         self._shards = OpenShards(storage, options)
         self._lock = threading.RLock()
@@ -55,48 +55,33 @@ class CacheReader:
         """Names of the splits."""
         return tuple(dict.fromkeys(g.split for g in self.manifest.groups))
 
-    def commits(self, group: Group, part: str) -> dict[int, Commit]:
-        """The valid commits of a part of a group by shard, read once (see `refresh`)."""
+    def committed(self, group: Group, part: str) -> Committed:
+        """The valid commits of a part of a group, read once (see `refresh`)."""
         with self._lock:
-            if (group.path, part) not in self._commits:
-                self._commits[group.path, part] = self._read_commits(group, part)
-            return self._commits[group.path, part]
-
-    def _read_commits(self, group: Group, part: str) -> dict[int, Commit]:
-        found, wanted = read_commits(self.storage, group.path, part), self.manifest.part_key(part)
-        shards = {s.index: s for s in group.shards()}
-        for c in found.values():
-            if c.key != wanted and part == FEATURES:
-                raise IncompatibleError(
-                    f"shard {c.shard} of {group.path!r} was written with other settings ({c.key[:12]}, the cache "
-                    f"is {wanted[:12]}); run `fcache verify`"
-                )
-        # A cache that grew after this reader read its manifest has more shards than the manifest says.
-        valid = {i: c for i, c in found.items() if c.key == wanted and i in shards}
-        for i, c in valid.items():
-            if not c.fits(shards[i], group.ids):
-                raise CorruptError(f"{self.url}: commit {i} of {group.path!r} ({part}) does not fit the manifest")
-        return valid
+            if (group.path, part) not in self._committed:
+                commits = each_commit(self.storage, group.path, part)
+                self._committed[group.path, part] = gather(self.manifest, group, part, commits, self.url)
+            return self._committed[group.path, part]
 
     def refresh(self) -> None:
         """Looks again at what is committed."""
         with self._lock:
-            self._commits.clear()
+            self._committed.clear()
             self._access.clear()
             self._shards = OpenShards(self.storage, self.options)
 
     def missing(self, part: str = FEATURES, split: str | None = None) -> int:
         """How many shards of a part have no commit."""
         groups = self.manifest.groups if split is None else self.manifest.split(split)
-        return sum(len({s.index for s in g.shards()} - set(self.commits(g, part))) for g in groups)
+        return sum(g.num_shards - len(self.committed(g, part)) for g in groups)
 
     def quarantined(self, split: str) -> dict[str, str]:
         """Samples that could not be used, with the reason."""
         found: dict[str, str] = {}
         for group in self.manifest.split(split):
             for part in self.manifest.parts():
-                for commit in self.commits(group, part).values():
-                    found.update(commit.quarantined)
+                for samples in self.committed(group, part).quarantined.values():
+                    found.update(samples)
         return found
 
     def require(self, split: str, kinds: Sequence[str] = ()) -> None:
@@ -105,7 +90,7 @@ class CacheReader:
             if kinds and part != FEATURES:
                 self.manifest.target(part)
             if (n := self.missing(part, split)) and not self.allow_partial:
-                total = sum(1 for g in self.manifest.split(split) for _ in g.shards())
+                total = sum(g.num_shards for g in self.manifest.split(split))
                 raise IncompleteError(
                     f"{self.url}: {n} of {total} shards of split {split!r} ({part}) are not committed; run the same "
                     "`fcache extract` again to finish, or use --allow-partial"
@@ -116,11 +101,10 @@ class CacheReader:
         self.require(split, kinds)
         found = []
         for group in self.manifest.split(split):
-            parts = [self.commits(group, part) for part in (FEATURES, *kinds)]
-            runs = [_records_of(s, group, parts) for s in group.shards() if all(s.index in c for c in parts)]
-            table = np.concatenate([np.empty((0, 3), dtype=np.int64), *runs])
+            parts = [self.committed(group, part) for part in (FEATURES, *kinds)]
+            table = _records_of(group, parts)
             if len(table):
-                found.append(GroupRecords(group, table[:, 0], table[:, 1], table[:, 2]))
+                found.append(GroupRecords(group, *table.T.copy()))
         if not found:
             raise IncompleteError(f"{self.url}: no record of split {split!r} is committed yet")
         return found
@@ -134,12 +118,9 @@ class CacheReader:
                 if path not in arrays:
                     raise unknown_name("array", path, arrays)
                 folder, spec = f"{group.path}/{path}", arrays[path]
-                sizes = {}
-                for index, commit in self.commits(group, part).items():
-                    name = f"{folder}/{shard_key(spec, index)}"
-                    if name not in commit.files:
-                        raise CorruptError(f"{self.url}: commit {index} of {group.path!r} ({part}) lacks {name}")
-                    sizes[index] = commit.files[name]
+                committed = self.committed(group, part)
+                files = committed.files[path]
+                sizes = {i: (int(files.sizes[i]), files.digests[i].tobytes().hex()) for i in committed}
                 self._access[key] = ArrayAccess(
                     self.storage, folder, spec, shard_records=group.shard_records, sizes=sizes, shards=self._shards
                 )
@@ -170,12 +151,12 @@ class CacheReader:
         if len(groups) > 1:
             common = tuple(level.free() for level in common)
         shards = {
-            g.path: sorted(set.intersection(*(set(self.commits(g, p)) for p in (FEATURES, *kinds)))) for g in groups
+            g.path: sorted(set.intersection(*(set(self.committed(g, p)) for p in (FEATURES, *kinds)))) for g in groups
         }
-        committed = [self.commits(g, FEATURES)[i].content for g in groups for i in shards[g.path]]
+        committed = [self.committed(g, FEATURES).content(i) for g in groups for i in shards[g.path]]
         extent: dict[str, Any] = {
             "split": split,
-            "samples": len({i for g in groups for i in g.ids}),
+            "samples": sum(len(g.ids) for g in groups),
             "views": max(g.views for g in groups),
             "shards": {path: len(found) for path, found in shards.items()},
             "committed": digest([shards, committed]),
@@ -202,18 +183,40 @@ def check_count(count: np.ndarray, spec: ArraySpec, record: int) -> int:
     return n
 
 
-def _records_of(shard: Shard, group: Group, parts: Sequence[Mapping[int, Commit]]) -> np.ndarray:
-    """Number, view and sample of a shard's records [n, 3], without those of quarantined samples."""
-    kept = np.arange(shard.count)
-    if bad := {i for commits in parts for i in commits[shard.index].quarantined}:
-        kept = kept[[group.ids[shard.sample + i] not in bad for i in range(shard.count)]]
-    return np.stack([shard.first + kept, np.full_like(kept, shard.view), shard.sample + kept], axis=1)
+def _records_of(group: Group, parts: Sequence[Committed]) -> np.ndarray:
+    """Number, view and sample of the records int32 [n, 3] that all parts have, without those of quarantined samples."""
+    common = np.full(group.num_shards, True)
+    for part in parts:
+        common &= np.isin(np.arange(group.num_shards), part.shards)
+    found = [np.empty((0, 3), dtype=np.int32)]
+    for e in group.extents:
+        offsets = np.arange(e.count, dtype=np.int32)
+        offsets = offsets[common[(e.first + offsets) // group.shard_records]]
+        found.append(np.stack([e.first + offsets, np.full_like(offsets, e.view), e.sample + offsets], axis=1))
+    table = np.concatenate(found)
+    # An id is looked for in the shard that lacks it: it may be that of a sample of which other views are there.
+    bad = {(shard, i) for part in parts for shard, samples in part.quarantined.items() for i in samples}
+    if not bad:
+        return table
+    touched = np.isin(table[:, 0] // group.shard_records, [shard for shard, _ in bad])
+    kept = ~touched
+    for row in np.flatnonzero(touched):
+        kept[row] = (int(table[row, 0]) // group.shard_records, group.ids[int(table[row, 2])]) not in bad
+    return table[kept]
 
 
-def open_cache(where: Path | str | Storage, *, allow_partial: bool = False, mode: str = "auto") -> CacheReader:
+def open_cache(
+    where: Path | str | Storage,
+    *,
+    allow_partial: bool = False,
+    mode: str = "auto",
+    ahead: str = "auto",
+    check: str = "none",
+) -> CacheReader:
     """Opens the cache at a path or an object-store URL (s3://bucket/prefix) for reading.
 
-    `mode` is one of `ReadOptions`. A split is refused when it is read, if shards of it are missing, unless
-    `allow_partial`. Raises SpecError, IncompatibleError or CorruptError.
+    `mode`, `ahead` and `check` are those of `ReadOptions`. A split is refused when it is read, if shards of it are
+    missing, unless `allow_partial`. Raises SpecError, IncompatibleError or CorruptError.
     """
-    return CacheReader(open_storage(where), allow_partial=allow_partial, options=ReadOptions(mode=mode))
+    options = ReadOptions(mode=mode, ahead=ahead, check=check)
+    return CacheReader(open_storage(where), allow_partial=allow_partial, options=options)

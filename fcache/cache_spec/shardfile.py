@@ -2,9 +2,7 @@
 
 import hashlib
 import math
-import os
 import struct
-from concurrent.futures import Executor
 from typing import Any
 
 import google_crc32c
@@ -13,13 +11,13 @@ from numcodecs.zstd import Zstd
 
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import read_exactly
+from fcache.cache_spec.files import begin_writing
 from fcache.cache_spec.storage import Storage
 
 ABSENT = 2**64 - 1
 ZSTD = Zstd(level=1)
-# Read back and digested at a time: it stays in the second-level cache.
-DIGEST_BYTES = 1 << 19
+# Where the kernel waits for an fsync, the disk idles while a shard is computed.
+WRITE_BACK_BYTES = 8 << 20
 
 
 def array_metadata(spec: ArraySpec, *, num_records: int, shard_records: int) -> dict[str, Any]:
@@ -60,17 +58,19 @@ def shard_key(spec: ArraySpec, index: int) -> str:
 class ShardFile:
     """One shard of one array while it is written: append records, then `close`, then `publish`.
 
-    Memory is one record for a sharded array; a table is buffered whole (it is small). The digest is computed by a
-    thread of `digests` that reads the file back from the page cache, beside the writing.
+    Memory is one record for a sharded array; a table is buffered whole (it is small). `digest` goes on with the digest
+    and has the disk begin: another thread calls it, while the next array is written.
     """
 
-    def __init__(self, storage: Storage, name: str, spec: ArraySpec, slots: int, digests: Executor) -> None:
+    def __init__(self, storage: Storage, name: str, spec: ArraySpec, slots: int) -> None:
         self.name = name
         self._spec = spec
         self._dtype = np.dtype(spec.dtype).newbyteorder("<")
         self._file = storage.new_file(name)
-        self._hash, self._hashed = hashlib.sha256(), 0
-        self._digests, self._descriptor = digests, -1
+        self._hash = hashlib.sha256()
+        # What was written and not yet digested, and up to where the disk was told to begin.
+        self._put: list[bytes | memoryview] = []
+        self._begun = 0
         self._size = 0
         self._index = np.full((slots, 2), ABSENT, dtype="<u8")
         if spec.layout == "table":
@@ -111,12 +111,8 @@ class ShardFile:
             self._write(self._table.reshape(-1).view(np.uint8).data)
         else:
             self._write(index_bytes(self._index))
-        digested = self._digests.submit(self._digest, self._reading(), self._size)
-        try:
-            self._file.close()
-        finally:
-            digested.result()
-            self._stop_reading()
+        self.digest()
+        self._file.close()
         return self._size, self._hash.hexdigest()
 
     def publish(self) -> None:
@@ -125,36 +121,20 @@ class ShardFile:
 
     def discard(self) -> None:
         """Removes what was written, if it was not published."""
-        self._digests.submit(self._stop_reading)
         self._file.discard()
 
     def digest(self) -> None:
-        """Has what was written so far digested in the background."""
-        if self._size - self._hashed >= DIGEST_BYTES:
-            self._digests.submit(self._digest, self._reading(), self._size)
-
-    def _reading(self) -> int:
-        # Of its own: the file is closed while its last bytes are still being digested.
-        if self._descriptor < 0:
-            self._descriptor = os.dup(self._file.descriptor)
-        return self._descriptor
-
-    def _stop_reading(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def _digest(self, descriptor: int, end: int) -> None:
-        buffer = memoryview(bytearray(DIGEST_BYTES))
-        while self._hashed < end:
-            part = buffer[: min(len(buffer), end - self._hashed)]
-            if read_exactly(descriptor, self._hashed, part) < len(part):
-                raise CorruptError(f"{self.name} was cut short while it was written; is another program using it?")
-            self._hash.update(part)
-            self._hashed += len(part)
+        """Digests what was put since the last call; the records must not have changed in between."""
+        for data in self._put:
+            self._hash.update(data)
+        self._put.clear()
+        if self._size - self._begun >= WRITE_BACK_BYTES:
+            begin_writing(self._file.descriptor, self._begun, self._size - self._begun)
+            self._begun = self._size
 
     def _write(self, data: "bytes | memoryview") -> None:
         self._file.write(data)
+        self._put.append(data)
         self._size += len(data)
 
 

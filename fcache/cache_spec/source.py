@@ -1,23 +1,26 @@
 """The cache as a block source: shuffled batches copied by a few threads into reused buffers."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from fcache.cache_spec.block import Block, SourceInfo
-from fcache.cache_spec.errors import SpecError, unknown_name
-from fcache.cache_spec.filling import Allocate, Buffers, GroupFiller, group_filler
+from fcache.cache_spec.errors import IncompleteError, SpecError, unknown_name
+from fcache.cache_spec.filling import Allocate, Buffers, Filler, Frame, group_filler
 from fcache.cache_spec.layout import Group
-from fcache.cache_spec.order import epoch_batches, subset_ids
+from fcache.cache_spec.order import epoch_batches, num_batches, subset_mask
 from fcache.cache_spec.reader import CacheReader, GroupRecords
 from fcache.cache_spec.spec import LevelSpec
 
 Fill = Callable[[], Block[np.ndarray]]
-_Ring = deque[tuple[str, Buffers]]
+Ring = deque[tuple[str, Buffers]]
+Rows = tuple[int, np.ndarray]
+DECODED = ("fp32", "fp16")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class StreamConfig:
     `levels` and `kinds` name what is read (None: all levels); `order` is "shuffled" or "sequential"; `subset` keeps a
     fixed fraction of the samples; an epoch of a training split reads one view, epoch e view e mod K, `all_views`
     reads all. `threads` copy ahead into `threads + 2` sets of buffers made by `allocate` (pinned memory, say).
+    With `decode`, "fp32" or "fp16", they decode as well, and levels come in that encoding; None gives them as stored.
     """
 
     batch_size: int
@@ -39,6 +43,7 @@ class StreamConfig:
     all_views: bool = False
     threads: int = 2
     world: tuple[int, int] = (0, 1)
+    decode: str | None = None
     allocate: Allocate = np.empty
 
     def __post_init__(self) -> None:
@@ -50,24 +55,48 @@ class StreamConfig:
             raise SpecError(f"a subset is more than 0 % and at most 100 %, got {self.subset:.4%}")
         if not 0 <= self.world[0] < self.world[1]:
             raise SpecError(f"world is (rank, processes) with 0 <= rank < processes, got {self.world}")
+        if self.decode not in (None, *DECODED):
+            raise SpecError(f"levels are decoded to {' or '.join(DECODED)}, or not at all (None), got {self.decode!r}")
 
 
 class CacheSource:
-    """A `BlockSource` over one split of an open cache; make one with `open_source`."""
+    """A `BlockSource` over one split of an open cache; make one with `open_source`.
 
-    def __init__(self, reader: CacheReader, split: str, config: StreamConfig) -> None:
-        self._config = config
-        groups = [_keep_subset(g, config) for g in reader.records(split, config.kinds)]
-        groups = [g for g in groups if len(g.records)]
-        levels = [_choose_levels(g.group, config.levels) for g in groups]
-        self._fillers = [
-            group_filler(reader, g, chosen, config.kinds, batch_size=config.batch_size, allocate=config.allocate)
+    It holds to what was committed when it was opened; with `shards`, by group path, to these of them. `records` are
+    what it streams by group, of all views, and `fillers` what makes their blocks.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        split: str,
+        config: StreamConfig,
+        *,
+        shards: Mapping[str, Collection[int]] | None = None,
+    ) -> None:
+        self.config = config
+        found = reader.records(split, config.kinds)
+        if shards is not None:
+            found = [_select(g, np.isin(g.records // g.group.shard_records, list(shards[g.group.path]))) for g in found]
+        if config.subset < 1.0:
+            found = [_select(g, subset_mask(g.group.ids, config.subset)[g.samples]) for g in found]
+        groups = [g for g in found if len(g.records)]
+        if not groups:
+            raise IncompleteError(f"{reader.url}: nothing of this subset of split {split!r} is committed yet")
+        self.records: tuple[GroupRecords, ...] = tuple(groups)
+        levels = [choose_levels(g.group, config.levels) for g in groups]
+        self.fillers: Sequence[Filler] = [
+            group_filler(
+                reader, g, chosen, config.kinds,
+                batch_size=config.batch_size, decode=config.decode, allocate=config.allocate,
+            )
             for g, chosen in zip(groups, levels, strict=True)
-        ]
-        self._views = sorted({int(v) for g in groups for v in np.unique(g.views)})
+        ]  # fmt: skip
+        self._views = [np.bincount(g.views) for g in groups]
         info = reader.info(split, kinds=config.kinds, levels=levels[0])
         self._info = replace(info, extent={**info.extent, "subset": config.subset})
-        self._ring: _Ring | None = None
+        self._remote = reader.storage.path() is None
+        self._ring: Ring | None = None
 
     @property
     def info(self) -> SourceInfo:
@@ -76,20 +105,39 @@ class CacheSource:
 
     def num_blocks(self, epoch: int) -> int:
         """Blocks in an epoch."""
-        return len(self._batches(epoch)[1])
+        config, view = self.config, self._view(epoch)
+        sizes = [int(v.sum() if view is None else v[view : view + 1].sum()) for v in self._views]
+        return num_batches(sizes, batch_size=config.batch_size, drop_last=config.drop_last, world=config.world)
+
+    def order(self, epoch: int) -> list[Rows]:
+        """The blocks of an epoch as (number of the group, rows of its `records`); nothing is read."""
+        config, view = self.config, self._view(epoch)
+        rows = [np.arange(len(g.records)) if view is None else np.flatnonzero(g.views == view) for g in self.records]
+        batches = epoch_batches(
+            [len(r) for r in rows],
+            batch_size=config.batch_size,
+            shuffle=config.order == "shuffled",
+            drop_last=config.drop_last,
+            key=(config.seed, epoch),
+            world=config.world,
+        )
+        return [(group, rows[group][positions]) for group, positions in batches]
 
     def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[np.ndarray]]:
         """The blocks of an epoch. Buffers are filled again: a block holds until the next-but-one is asked for."""
-        fillers, batches = self._batches(epoch)
-        threads = self._config.threads
+        yield from self.read(self.order(epoch)[start:])
+
+    def read(self, order: Iterable[Rows]) -> Iterator[Block[np.ndarray]]:
+        """The blocks of any `order`, read ahead as those of an epoch; none may be larger than the batch size."""
+        threads = self.config.threads
         # Epochs after each other use the same buffers; iterations at the same time have their own.
         kept, self._ring = self._ring, None
-        ring: _Ring = kept or deque(("", {}) for _ in range(threads + 2))
+        ring: Ring = kept or deque(("", {}) for _ in range(threads + 2))
         waiting: deque[tuple[Future[Block[np.ndarray]], Fill]] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="fcache-read")
         try:
-            for group, positions in batches[start:]:
-                fill = partial(fillers[group].fill, positions, _slot(ring, fillers[group].records.group.path))
+            for group, rows in order:
+                fill = partial(self.fillers[group].fill, rows, _slot(ring, self.records[group].group.path))
                 waiting.append((pool.submit(fill), fill))
                 if len(waiting) > threads:
                     yield _finish(*waiting.popleft())
@@ -101,23 +149,43 @@ class CacheSource:
             ring.rotate(len(waiting))
             self._ring = ring
 
-    def _batches(self, epoch: int) -> tuple[list[GroupFiller], list[tuple[int, np.ndarray]]]:
-        config, fillers = self._config, self._fillers
-        if not config.all_views and self._info.role == "training":
-            view = self._views[epoch % len(self._views)]
-            fillers = [replace(f, records=_only_view(f.records, view)) for f in fillers]
-        return fillers, epoch_batches(
-            [len(f.records.records) for f in fillers],
-            batch_size=config.batch_size,
-            shuffle=config.order == "shuffled",
-            drop_last=config.drop_last,
-            key=(config.seed, epoch),
-            world=config.world,
-        )
+    def frame(self, group: int, rows: np.ndarray) -> Frame:
+        """Ids, views and view indices of rows of a group, as the block of these rows has them."""
+        return self.fillers[group].frame(rows)
+
+    def with_fillers(self, fillers: Sequence[Filler]) -> "CacheSource":
+        """The same source with blocks from other fillers of the same records."""
+        found = copy(self)
+        found.fillers, found._ring = fillers, None
+        return found
+
+    def coded(self) -> "CacheSource":
+        """The same source without decoding."""
+        return self.with_fillers([f.coded() for f in self.fillers])
+
+    def num_bytes(self) -> int:
+        """Bytes of the levels and targets of all records in memory, coded."""
+        return sum(f.num_bytes() for f in self.fillers)
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether reading levels again costs more than a copy: they are compressed, or lie on an object store."""
+        return self._remote or any(a.compression != "none" for g in self.records for a in g.group.feature_arrays())
+
+    def take_buffers(self, other: "CacheSource") -> None:
+        """Goes on with the buffers of a source of the same config that is used no more."""
+        self._ring, other._ring = other._ring, None
+
+    def _view(self, epoch: int) -> int | None:
+        """The view that an epoch reads, None for all."""
+        if self.config.all_views or self._info.role != "training":
+            return None
+        there = sorted({int(v) for views in self._views for v in np.flatnonzero(views)})
+        return there[epoch % len(there)]
 
 
-def _slot(ring: _Ring, group: str) -> Buffers:
-    """The buffers that are used next; they fit one group only."""
+def _slot(ring: Ring, group: str) -> Buffers:
+    """The buffers of a ring that are used next; they fit one group only."""
     path, buffers = ring.popleft()
     ring.append((group, buffers if path == group else {}))
     return ring[-1][1]
@@ -133,7 +201,8 @@ def open_source(reader: CacheReader, split: str, config: StreamConfig) -> CacheS
     return CacheSource(reader, split, config)
 
 
-def _choose_levels(group: Group, names: tuple[str, ...] | None) -> tuple[LevelSpec, ...]:
+def choose_levels(group: Group, names: tuple[str, ...] | None) -> tuple[LevelSpec, ...]:
+    """The levels of a group by name, None for all. Raises SpecError for one that it lacks."""
     by_name = {level.name: level for level in group.levels}
     for name in names or ():
         if name not in by_name:
@@ -141,14 +210,5 @@ def _choose_levels(group: Group, names: tuple[str, ...] | None) -> tuple[LevelSp
     return group.levels if names is None else tuple(by_name[n] for n in names)
 
 
-def _keep_subset(records: GroupRecords, config: StreamConfig) -> GroupRecords:
-    if config.subset >= 1.0:
-        return records
-    kept = set(subset_ids(records.group.ids, config.subset))
-    mask = np.asarray([records.group.ids[s] in kept for s in records.samples])
-    return GroupRecords(records.group, records.records[mask], records.views[mask], records.samples[mask])
-
-
-def _only_view(records: GroupRecords, view: int) -> GroupRecords:
-    mask = records.views == view
+def _select(records: GroupRecords, mask: np.ndarray) -> GroupRecords:
     return GroupRecords(records.group, records.records[mask], records.views[mask], records.samples[mask])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import replace
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from fcache.cache_spec.claims import LOCK, Claims
@@ -10,12 +12,16 @@ from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.errors import CorruptError, IncompatibleError, SpecError
 from fcache.cache_spec.identity import canonical_json, digest, first_difference, from_json, to_json
 from fcache.cache_spec.layout import FORMAT, Group, Manifest, grow_group, new_group, part_arrays
+from fcache.cache_spec.names import Names
 from fcache.cache_spec.shardfile import array_metadata
 from fcache.cache_spec.spec import FeatureSpec, TargetSpec, targets_key
 from fcache.cache_spec.storage import Storage
 
 ROOT = "zarr.json"
 MANIFESTS = "manifest"
+MANIFEST_FILE = re.compile(rf"{MANIFESTS}/[A-Za-z0-9][A-Za-z0-9._-]*")
+# Fields of a group that lie in files of their own: they grow with the number of samples.
+NAMED = ("ids", "digests")
 GROUP_NODE: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
@@ -74,6 +80,8 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
     groups = []
     for path, entry in attributes["groups"].items():
         file = str(entry["file"])
+        if not MANIFEST_FILE.fullmatch(file):
+            raise CorruptError(f"{storage.url}: group manifests lie in {MANIFESTS}/, not at {file!r}")
         try:
             data = storage.read(file)
         except FileNotFoundError:
@@ -82,7 +90,10 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
             ) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptError(f"{storage.url}/{file}: the manifest of {path!r} was changed (its digest differs)")
-        groups.append(from_json(Group, json.loads(data)))
+        body = json.loads(data)
+        # In format 1 the names stand in the manifest itself.
+        named = {k: _lazy_names(storage, body[k]) for k in NAMED if isinstance(body[k], dict)}
+        groups.append(from_json(Group, body | named))
     manifest = Manifest(
         features=from_json(FeatureSpec, attributes["feature_spec"]),
         targets=tuple(from_json(TargetSpec, t) for t in attributes["target_specs"]),
@@ -93,6 +104,27 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
     if manifest.features.key != attributes["features"] or targets_key(manifest.targets) != attributes["targets"]:
         raise CorruptError(f"{storage.url}/{ROOT}: a digest does not fit its spec; the file was edited")
     return manifest
+
+
+def _lazy_names(storage: Storage, entry: Mapping[str, Any]) -> Names:
+    """The names in a file beside a manifest, read when the first one is asked for."""
+    file, size, sha = str(entry["file"]), int(entry["bytes"]), entry["sha256"]
+    if not MANIFEST_FILE.fullmatch(file):
+        raise CorruptError(f"{storage.url}: names lie in {MANIFESTS}/, not at {file!r}")
+    where = f"{storage.url}/{file}"
+
+    def load() -> bytes:
+        try:
+            if (found := storage.size(file)) != size:
+                raise CorruptError(f"{where} has {found} bytes, the manifest says {size}; restore it from a copy")
+            data = storage.read(file)
+        except FileNotFoundError:
+            raise CorruptError(f"{where} is missing, the manifest names it; restore it from a copy") from None
+        if hashlib.sha256(data).hexdigest() != sha:
+            raise CorruptError(f"{where} was changed (its digest differs); restore it from a copy")
+        return data
+
+    return Names(int(entry["count"]), load)
 
 
 def create_or_grow(storage: Storage, wanted: Manifest) -> Manifest:
@@ -160,14 +192,18 @@ def _grown(old: Manifest, wanted: Manifest) -> Manifest:
 
 def _write(storage: Storage, manifest: Manifest, claims: Claims) -> None:
     """Group manifests under new names, array metadata, then the root: a kill in between leaves the old manifest."""
-    entries = {}
+    entries: dict[str, dict[str, str]] = {}
+    kept: set[str] = set()
     for group in manifest.groups:
         claims.beat()
-        data = canonical_json(group)
-        sha = hashlib.sha256(data).hexdigest()
-        file = f"{MANIFESTS}/{group.path.replace('/', '_')}-{sha[:12]}.json"
-        entries[group.path] = {"file": file, "sha256": sha}
-        _write_json(storage, file, data)
+        body = {f.name: getattr(group, f.name) for f in fields(group)}
+        for name in NAMED:
+            names: Names = body[name]
+            found = _write_named(storage, group.path, names.data, name)
+            kept.add(found["file"])
+            body[name] = {**found, "bytes": len(names.data), "count": len(names)}
+        entries[group.path] = _write_named(storage, group.path, canonical_json(body), "json")
+        kept.add(entries[group.path]["file"])
         for path, metadata in zarr_nodes(group, manifest.parts()).items():
             _write_json(storage, f"{path}/zarr.json", json.dumps(metadata, indent=1).encode())
     attributes = {
@@ -182,10 +218,17 @@ def _write(storage: Storage, manifest: Manifest, claims: Claims) -> None:
     }
     node = {**GROUP_NODE, "attributes": {"fcache": {**attributes, "digest": digest(attributes)}}}
     _write_json(storage, ROOT, json.dumps(node, indent=1).encode())
-    kept = {e["file"] for e in entries.values()}
     for name in storage.names(MANIFESTS):
         if f"{MANIFESTS}/{name}" not in kept:
             storage.remove(f"{MANIFESTS}/{name}")
+
+
+def _write_named(storage: Storage, group: str, data: bytes, suffix: str) -> dict[str, str]:
+    """Writes a file of a group's manifest under a name of its content."""
+    sha = hashlib.sha256(data).hexdigest()
+    file = f"{MANIFESTS}/{group.replace('/', '_')}-{sha[:12]}.{suffix}"
+    _write_json(storage, file, data)
+    return {"file": file, "sha256": sha}
 
 
 def zarr_nodes(group: Group, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +61,11 @@ def verify(
     """
     storage = open_storage(where)
     manifest = read_manifest(storage)
+    for group in manifest.groups:
+        for names in (group.ids, group.digests):
+            names.check()
     jobs = [(g, part, s) for g in manifest.groups for part in manifest.parts() for s in g.shards()]
-    faults = _metadata_faults(storage, manifest)
+    faults = [*_metadata_faults(storage, manifest), *_stray_commits(storage, manifest)]
     committed, size = 0, 0
     with ThreadPoolExecutor(2) as pool:
         checks = pool.map(lambda job: _check(storage, *job, key=manifest.part_key(job[1]), deep=deep), jobs)
@@ -106,6 +109,21 @@ def _metadata_faults(storage: Storage, manifest: Manifest) -> list[Fault]:
                 if not _same_node(found, expected, group.shard_records):
                     faults.append(Fault(group.path, part, -1, "corrupt", f"{path}/zarr.json is not as written"))
     return faults
+
+
+def _stray_commits(storage: Storage, manifest: Manifest) -> Iterator[Fault]:
+    """Commits of shards that the manifest does not have, unless they are valid: then the cache has just grown."""
+    for group in manifest.groups:
+        for part in manifest.parts():
+            folder = commit_path(group.path, part, 0).rpartition("/")[0]
+            for name in storage.names(folder):
+                number = name.removesuffix(".json")
+                if name == number or not number.isdecimal() or int(number) < group.num_shards:
+                    continue
+                try:
+                    find_commit(storage, f"{folder}/{name}")
+                except (CorruptError, DataError) as e:
+                    yield Fault(group.path, part, int(number), "corrupt", str(e))
 
 
 def _read_json(storage: Storage, name: str) -> dict[str, Any]:

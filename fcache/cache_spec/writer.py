@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,11 @@ class ShardWriter:
         self._seen: set[int] = set()
         self._files: dict[str, ShardFile] = {}
         self._arrays = part_arrays(self._group, part)
-        self._digests = ThreadPoolExecutor(1, "fcache-digest")
+        self._digests = ThreadPoolExecutor(2, "fcache-digest")
         try:
             for path, spec in self._arrays.items():
                 name = f"{shard.group}/{path}/{shard_key(spec, shard.index)}"
-                self._files[path] = ShardFile(storage, name, spec, self._group.shard_records, self._digests)
+                self._files[path] = ShardFile(storage, name, spec, self._group.shard_records)
         except BaseException:
             self.abort()
             raise
@@ -81,14 +81,21 @@ class ShardWriter:
         named = {f"targets/{k}" if self._part != FEATURES else k: v for k, v in arrays.items()}
         wanted = {p for p in self._arrays if not p.endswith(".count")}
         assert set(named) == wanted, f"arrays {sorted(named)} given, {sorted(wanted)} expected"
-        for path, records in named.items():
-            spec, file = self._arrays[path], self._files[path]
-            for position, record in zip(positions, records, strict=True):
-                data = np.asarray(record)
-                file.put(position, data)
-                if spec.ragged:
-                    self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
-            file.digest()
+        digests: list[Future[None]] = []
+        try:
+            for path, records in named.items():
+                spec, file = self._arrays[path], self._files[path]
+                for position, record in zip(positions, records, strict=True):
+                    data = np.asarray(record)
+                    file.put(position, data)
+                    if spec.ragged:
+                        self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
+                digests.append(self._digests.submit(file.digest))
+        finally:
+            # The caller may change its arrays afterwards.
+            wait(digests)
+        for done in digests:
+            done.result()
         self._seen.update(positions)
 
     def skip(self, position: int, reason: str) -> None:
@@ -116,6 +123,7 @@ class ShardWriter:
             self.abort()
             raise
         write_commit(self._storage, commit)
+        self._files.clear()
         self._digests.shutdown()
         return commit
 

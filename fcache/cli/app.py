@@ -27,7 +27,9 @@ COMMANDS = {
     "info": "Show what a cache or a run holds.",
     "ls": "List the caches and runs below a folder.",
     "verify": "Check that a cache is complete and unharmed.",
-    "repair": "Make damaged shards pending, so that extract makes them anew.",
+    "repair": "Extract damaged shards anew, and only those.",
+    "copy": "Copy a cache to another folder or object store.",
+    "gc": "List and remove what nothing needs.",
     "doctor": "Check this machine and say what to do about each problem.",
 }
 

@@ -38,7 +38,7 @@ def describe(reader: Any) -> dict[str, Any]:
     manifest = reader.manifest
     groups: list[dict[str, Any]] = []
     for group in manifest.groups:
-        parts = {part: reader.commits(group, part) for part in manifest.parts()}
+        parts = {part: reader.committed(group, part) for part in manifest.parts()}
         groups.append(
             {
                 "group": group.path,
@@ -52,7 +52,7 @@ def describe(reader: Any) -> dict[str, Any]:
                 "shard_records": group.shard_records,
                 "shards": sum(1 for _ in group.shards()),
                 "committed": {part: len(commits) for part, commits in parts.items()},
-                "bytes": sum(n for commits in parts.values() for c in commits.values() for n, _ in c.files.values()),
+                "bytes": sum(commits.bytes for commits in parts.values()),
                 "levels": to_json(group.levels),
             }
         )

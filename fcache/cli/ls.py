@@ -82,13 +82,13 @@ def _cache(path: Path) -> dict[str, Any]:
 
     reader = open_cache(path, allow_partial=True)
     spec = reader.manifest.features
-    commits = [reader.commits(g, part).values() for g in reader.manifest.groups for part in reader.manifest.parts()]
+    commits = [reader.committed(g, part) for g in reader.manifest.groups for part in reader.manifest.parts()]
     total = sum(g.num_shards for g in reader.manifest.groups) * len(reader.manifest.parts())
     done = sum(map(len, commits))
     dataset = reader.manifest.targets[0].dataset if reader.manifest.targets else "no targets"
     return {
         "what": f"{spec.backbone.name} · {dataset}",
-        "bytes": sum(size for found in commits for c in found for size, _ in c.files.values()),
+        "bytes": sum(found.bytes for found in commits),
         "state": "complete" if done == total else f"{done}/{total} parts of shards",
     }
 

@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from fcache.cache_spec import CacheReader, CacheSource
+    from fcache.cache_spec import BlockSource, CacheReader, CacheSource, StreamConfig
     from fcache.cli.progress import Progress
     from fcache.heads import Report, Run, TrainConfig
 
@@ -23,6 +24,7 @@ Examples:
   fcache train-head --cache ade.fcache --head 'upernet:width=64,aux=true' --set lr=0.0002 --iters 4000
   fcache train-head --cache ade.fcache --head upernet --seed 1 --subset 10% --out runs/tenth
   fcache train-head … --resume          continue after a kill, to the same weights
+  fcache train-head … --follow          train while `fcache extract` still writes the cache
 
 \b
 Heads: classification/linear, semantic/linear, semantic/upernet; the short name is enough where
@@ -53,6 +55,20 @@ Exit status: 1 if a head stopped (the others are trained), 3 if the cache was pa
 @click.option("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else the CPU.", metavar="NAME")
 @click.option("--resume", is_flag=True, help="Continue unfinished runs in --out.")
 @click.option("--allow-partial", is_flag=True, help="Train on what is committed of an unfinished cache.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Train while the cache is written: each epoch on what is committed when it begins. Scores once the "
+    "evaluation split is whole.",
+)
+@click.option(
+    "--resident",
+    type=click.Choice(["auto", "none", "ram", "device"]),
+    default="auto",
+    show_default=True,
+    help="Keep the training split in memory. auto: on a GPU if it fits in half of what is free there; in RAM if it "
+    "is compressed or on an object store, and fits.",
+)
 @click.option("--allow-random-backbone", is_flag=True, help="Train on the features of a backbone with random weights.")
 def command(
     path: str,
@@ -66,6 +82,8 @@ def command(
     device: str | None,
     resume: bool,
     allow_partial: bool,
+    follow: bool,
+    resident: str,
     allow_random_backbone: bool,
 ) -> int:
     """Train one or many heads in one pass over a cache, score each on the evaluation split and record its run."""
@@ -79,7 +97,7 @@ def command(
     config = loaded.train if loaded else configure(changes)
     if not (names := heads or tuple(config.heads)):
         raise SpecError("which heads? Name them with --head (linear, upernet), or name a --recipe that lists some")
-    reader = open_cache(path, allow_partial=allow_partial)
+    reader = open_cache(path, allow_partial=allow_partial or follow)
     runs = train_from(
         reader,
         names,
@@ -89,6 +107,8 @@ def command(
         recipe=loaded.name if loaded else "",
         subset=parse_fraction(subset) if subset else 1.0,
         resume=resume,
+        follow=follow,
+        resident=resident,
         allow_random_backbone=allow_random_backbone,
     )
     click.echo(results(runs))
@@ -107,16 +127,19 @@ def train_from(
     recipe: str = "",
     subset: float = 1.0,
     resume: bool = False,
+    follow: bool = False,
+    resident: str = "auto",
     allow_random_backbone: bool = False,
 ) -> "list[Run]":
     """Train heads on a cache's training split, score them on its evaluation split; progress goes to stderr.
 
+    With `follow` the cache may still be written; `resident` says where the training split is kept.
     Raises KeyboardInterrupt after a signal, when all heads are saved.
     """
-    from fcache.cache_spec import IncompleteError, SpecError, StreamConfig, open_source
+    from fcache.cache_spec import IncompleteError, SpecError, StreamConfig, follow_source
     from fcache.cli.interrupts import stop_on_signals
     from fcache.cli.progress import Progress
-    from fcache.heads import choose_heads, needed_kinds, needed_levels, train
+    from fcache.heads import batch_buffers, choose_heads, needed_kinds, needed_levels, train
 
     training, evaluation = split_of(reader, "training"), split_of(reader, "evaluation")
     if training is None:
@@ -130,19 +153,24 @@ def train_from(
         seed=config.seed,
         subset=subset,
         drop_last=True,
+        decode=decoded_for(device),
+        allocate=batch_buffers(device),
     )
     with Progress() as progress, stop_on_signals() as should_stop:
         if info.random_weights:
             progress.note(f"train  the backbone's weights are RANDOM ({info.random_weights})")
-        validation = None
-        try:
-            validation = evaluation_source(reader, evaluation, stream) if evaluation else None
-        except IncompleteError:
-            if not reader.allow_partial:
-                raise
-            progress.note(f"train  nothing of split {evaluation} is committed yet: heads are not scored")
+        validation: BlockSource | None = None
+        if evaluation and follow:
+            validation = follow_source(reader, evaluation, evaluation_stream(stream))
+        elif evaluation:
+            try:
+                validation = evaluation_source(reader, evaluation, stream)
+            except IncompleteError:
+                if not reader.allow_partial:
+                    raise
+                progress.note(f"train  nothing of split {evaluation} is committed yet: heads are not scored")
         runs = train(
-            open_source(reader, training, stream),
+            training_source(reader, training, stream, follow=follow, resident=resident, device=device),
             choices,
             config,
             out=out,
@@ -166,12 +194,38 @@ def split_of(reader: "CacheReader", role: str) -> str | None:
     return next((group.split for group in reader.manifest.groups if group.role == role), None)
 
 
-def evaluation_source(reader: "CacheReader", split: str, like: Any) -> "CacheSource":
-    """The evaluation split as a source that reads what `like`, a StreamConfig, reads, once and in order."""
-    from fcache.cache_spec import StreamConfig, open_source
+def training_source(
+    reader: "CacheReader", split: str, stream: "StreamConfig", *, follow: bool, resident: str, device: str
+) -> "BlockSource":
+    """The training split: streamed, followed while it is written, or kept in memory as `resident` says.
 
-    config = StreamConfig(batch_size=like.batch_size, levels=like.levels, kinds=like.kinds, order="sequential")
-    return open_source(reader, split, config)
+    Raises SpecError for a split that grows and is to be kept in memory, or does not fit there.
+    """
+    from fcache.cache_spec import SpecError, follow_source, open_source
+    from fcache.heads import make_resident
+
+    if not follow:
+        return make_resident(open_source(reader, split, stream), resident, device)
+    if resident in ("ram", "device"):
+        raise SpecError(f"a split that grows is not kept in memory; drop --follow or --resident {resident}")
+    return follow_source(reader, split, stream)
+
+
+def evaluation_source(reader: "CacheReader", split: str, like: "StreamConfig") -> "CacheSource":
+    """The evaluation split as a source that reads what `like` reads, once and in order."""
+    from fcache.cache_spec import open_source
+
+    return open_source(reader, split, evaluation_stream(like))
+
+
+def evaluation_stream(like: "StreamConfig") -> "StreamConfig":
+    """How an evaluation split is streamed: all of it in order, otherwise as `like`."""
+    return replace(like, order="sequential", subset=1.0, drop_last=False)
+
+
+def decoded_for(device: str) -> str | None:
+    """What a reader's threads decode to for heads on this device: codes are decoded on a GPU itself."""
+    return "fp32" if device == "cpu" else None
 
 
 def progress_of(progress: "Progress") -> "Report":
@@ -179,7 +233,7 @@ def progress_of(progress: "Progress") -> "Report":
     from fcache.cli.progress import rate
     from fcache.heads import events
 
-    first, started = 0, time.monotonic()
+    first, started, waited = 0, time.monotonic(), set[str]()
 
     def report(event: "events.Event") -> None:
         nonlocal first, started
@@ -193,6 +247,10 @@ def progress_of(progress: "Progress") -> "Report":
                 done = rate(event.iteration - first, event.iterations - first, seconds, "iterations")
                 losses = "  ".join(f"{label} {loss:.4g}" for label, loss in event.losses.items())
                 progress.show(f"train  {done}  loss {losses}")
+            case events.Waiting():
+                say = progress.show if event.split in waited else progress.note
+                say(f"train  split {event.split}: waiting for what is not committed yet")
+                waited.add(event.split)
             case events.EvaluationStep():
                 progress.show(f"score  {event.block}/{event.blocks} batches")
             case events.EvaluationDone():

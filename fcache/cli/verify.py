@@ -43,8 +43,5 @@ def command(cache: str, deep: bool, as_json: bool) -> int:
         how = "every byte read" if deep else "presence and sizes; --deep reads every byte"
         click.echo(f"{result.committed} of {result.parts} parts of shards committed, {size(result.bytes)} ({how})")
     if result.corrupt:
-        raise CorruptError(
-            f"{cache}: {len(result.corrupt)} parts of shards are corrupt; run `fcache repair {cache}`, then the "
-            "`fcache extract` that made it"
-        )
+        raise CorruptError(f"{cache}: {len(result.corrupt)} parts of shards are corrupt; run `fcache repair {cache}`")
     return PARTIAL if result.missing else 0

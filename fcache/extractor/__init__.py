@@ -20,4 +20,6 @@ from fcache.extractor.live import open_photos as open_photos
 from fcache.extractor.plan import Plan as Plan
 from fcache.extractor.plan import SplitPlan as SplitPlan
 from fcache.extractor.plan import plan as plan
+from fcache.extractor.repairing import find_quarantined as find_quarantined
+from fcache.extractor.repairing import repair as repair
 from fcache.extractor.scenes import write_scenes as write_scenes

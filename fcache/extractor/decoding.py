@@ -1,8 +1,11 @@
 """Decoding: requests in, views with targets out, in worker processes or in this one."""
 
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fcache.cache_spec import DataError, View
+from fcache.cache_spec.files import process_alive
 from fcache.extractor.datasets import DatasetSplit
 from fcache.extractor.views import cut_view
 
@@ -91,16 +95,35 @@ def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> It
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="forkserver",
-        worker_init_fn=_one_thread,
+        worker_init_fn=partial(_begin, os.getpid()),
         collate_fn=_as_is,  # type: ignore[arg-type]
         prefetch_factor=4,
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as e:
+        if "exited unexpectedly" not in str(e):
+            raise
+        raise DataError(
+            f"a decoding process died ({e}), perhaps for lack of memory; use fewer --workers and run the same command "
+            "again, it continues"
+        ) from e
 
 
 def _as_is(decoded: Decoded) -> Decoded:
     return decoded
 
 
-def _one_thread(worker: int) -> None:
+def _begin(extractor: int, worker: int) -> None:
+    """Starts a decoding process: it has one thread, and ends when the extraction was killed.
+
+    Its parent is the fork server, which lives as long as a decoding process does: neither would ever end.
+    """
     torch.set_num_threads(1)
+
+    def watch() -> None:
+        while process_alive(extractor):
+            time.sleep(2.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="fcache-watch", daemon=True).start()

@@ -23,6 +23,7 @@ class Job:
     n) takes every n-th shard from the i-th on; `on_error` says whether a sample that cannot be decoded is left out
     ("quarantine") or ends the run ("fail"). `device` is a torch device; `workers` are decoding processes (None: by
     the number of processors). `batch_size` and `shard_records` are used when a group is created and then stay.
+    Without `grow` an existing cache gets no samples, views or kinds of target beyond those in its manifest.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Job:
     workers: int | None = None
     part: tuple[int, int] | None = None
     on_error: str = "quarantine"
+    grow: bool = True
 
     def __post_init__(self) -> None:
         find_encoding(self.encoding)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SplitRecipe, subset_ids, to_json
 from fcache.cache_spec.layout import choose_shard_records, record_bytes
+from fcache.cache_spec.names import Names
+from fcache.cache_spec.storage import open_storage
+from fcache.cache_spec.store import read_manifest
 from fcache.extractor.backbones import Backbone, load_backbone
 from fcache.extractor.datasets import DatasetSplit, open_split
 from fcache.extractor.decoding import Decoder
@@ -72,7 +75,12 @@ def prepare(job: Job) -> Prepared:
     recipe = find_recipe(job)
     splits = {name: open_split(job.dataset, job.root, name) for name in job.splits}
     backbone = load_job_backbone(job, recipe)
-    groups = [g for split in splits.values() for g in _groups(job, recipe, split, backbone)]
+    stored = None if job.grow else read_manifest(open_storage(job.cache))
+    groups = [
+        g
+        for split in splits.values()
+        for g in (_groups(job, recipe, split, backbone) if stored is None else _stored_groups(stored, split))
+    ]
     targets = {t.kind: t for split in splits.values() for t in split.targets}
     for split in splits.values():
         if {t.kind: t for t in split.targets} != targets:
@@ -93,7 +101,9 @@ def prepare(job: Job) -> Prepared:
         "window": job.window,
         "levels": list(job.levels) if job.levels else None,
     }
-    wanted = Manifest(features, tuple(targets.values()), tuple(groups), backbone.random_weights, hints)
+    kinds = set(targets) if stored is None else {t.kind for t in stored.targets}
+    wanted_targets = tuple(t for t in targets.values() if t.kind in kinds)
+    wanted = Manifest(features, wanted_targets, tuple(groups), backbone.random_weights, hints)
     return Prepared(job, recipe, splits, backbone, wanted)
 
 
@@ -126,14 +136,25 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
                 encoding=encoding,
                 shard_records=records,
                 batch=min(batch, records),
-                ids=tuple(samples[i].id for i in indices),
-                digests=tuple(samples[i].digest for i in indices),
+                ids=Names.of(samples[i].id for i in indices),
+                digests=Names.of(samples[i].digest for i in indices),
                 views=(job.views or recipe.views) if training else 1,
                 extents=(),
                 compression=job.compression,
                 limits=_limits(split, [sizes[i] for i in indices]),
             )
         )
+    return groups
+
+
+def _stored_groups(stored: Manifest, split: DatasetSplit) -> list[Group]:
+    """The groups of a split as a cache has them, with the digests that the data have now: they are compared."""
+    digests = {s.id: s.digest for s in split.samples}
+    groups: list[Group] = []
+    for group in stored.groups:
+        if group.split == split.name and (ids := [i for i in group.ids if i in digests]):
+            found = Names.of(digests[i] for i in ids)
+            groups.append(replace(group, ids=Names.of(ids), digests=found, extents=()))
     return groups
 
 

@@ -83,7 +83,7 @@ def _outside(writer: CacheWriter, prepared: Prepared, commit: Commit) -> str:
                 p.suffix: np.stack([reader.read(group.path, level.name + p.suffix, r) for r in records])
                 for p in encoding.parts(level)
             }
-            error = np.abs(encoding.decode(stored, level, {}, np) - found) - encoding.error(found, level, np)
+            error = np.abs(encoding.decode(stored, level, {}, np) - found) - encoding.error(found, level, {}, np)
             if float(error.max()) > 0:
                 return f"level {level.name!r} differs by {float(error.max()):g} more than {encoding.name} allows"
     return ""

@@ -2,6 +2,7 @@
 
 from fcache.heads.batches import Batch as Batch
 from fcache.heads.batches import batch_buffers as batch_buffers
+from fcache.heads.batches import device_batches as device_batches
 from fcache.heads.batches import to_batch as to_batch
 from fcache.heads.choice import HeadChoice as HeadChoice
 from fcache.heads.choice import choose_head as choose_head
@@ -32,6 +33,7 @@ from fcache.heads.events import Report as Report
 from fcache.heads.events import RunDone as RunDone
 from fcache.heads.events import StepDone as StepDone
 from fcache.heads.events import TrainingStarted as TrainingStarted
+from fcache.heads.events import Waiting as Waiting
 from fcache.heads.head import Head as Head
 from fcache.heads.head import HeadInput as HeadInput
 from fcache.heads.head import ParameterGroup as ParameterGroup
@@ -45,6 +47,9 @@ from fcache.heads.recipes import Recipe as Recipe
 from fcache.heads.recipes import configure as configure
 from fcache.heads.recipes import load_recipe as load_recipe
 from fcache.heads.recipes import recipe_names as recipe_names
+from fcache.heads.resident import RESIDENCES as RESIDENCES
+from fcache.heads.resident import ResidentSource as ResidentSource
+from fcache.heads.resident import make_resident as make_resident
 from fcache.heads.runs import Cost as Cost
 from fcache.heads.runs import Evaluation as Evaluation
 from fcache.heads.runs import Run as Run

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fcache.cache_spec import BlockSource, IncompatibleError, SpecError, targets_key
-from fcache.heads.batches import Batch, to_batch
+from fcache.heads.batches import Batch, device_batches
 from fcache.heads.events import EvaluationStep, Report, silent
 from fcache.heads.head import Head, HeadInput, Options
 from fcache.heads.metrics import Metric, Scores, States, score, stack_states
@@ -116,8 +116,7 @@ def try_evaluate_heads(
     failed: dict[int, Exception] = {}
     ids: list[str] = []
     with torch.inference_mode():
-        for done, block in enumerate(source.blocks(0), start=1):
-            batch = to_batch(block, device, levels=read)
+        for done, batch in enumerate(device_batches(source.blocks(0), device, levels=read), start=1):
             truth = [{path: values[i] for path, values in batch.targets.items()} for i in range(len(batch))]
             for k, head in enumerate(heads):
                 if k in failed:

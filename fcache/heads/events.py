@@ -14,6 +14,13 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """Nothing to read of a split that is followed yet; it is looked at again from time to time."""
+
+    split: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """An iteration is done (`iteration` counts from 1): total loss by head label, seconds, and seconds of waiting."""
 
@@ -75,7 +82,15 @@ class RunDone:
 
 
 Event = (
-    TrainingStarted | StepDone | EpochDone | CheckpointDone | HeadStopped | EvaluationStep | EvaluationDone | RunDone
+    TrainingStarted
+    | Waiting
+    | StepDone
+    | EpochDone
+    | CheckpointDone
+    | HeadStopped
+    | EvaluationStep
+    | EvaluationDone
+    | RunDone
 )
 Report = Callable[[Event], None]
 

@@ -5,8 +5,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,30 @@ import torch
 import fcache
 from fcache.cache_spec import (
     BlockSource,
-    CorruptError,
     FcacheError,
-    IncompatibleError,
+    FollowingSource,
     SourceInfo,
     SpecError,
-    first_difference,
     targets_key,
     to_json,
 )
 from fcache.heads import events
+from fcache.heads.checkpoints import (
+    Checkpoint,
+    Position,
+    check_same,
+    identity_of,
+    identity_of_run,
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
 from fcache.heads.choice import HeadChoice, needed_targets
 from fcache.heads.config import TrainConfig
 from fcache.heads.evaluate import Scored, try_evaluate_heads
 from fcache.heads.events import Report
 from fcache.heads.learner import HeadFailure, Learner
-from fcache.heads.runs import Cost, Run, evaluation, explain, load_run, write_durably, write_run
-
-CHECKPOINT = "checkpoint.pt"
+from fcache.heads.runs import Cost, Run, evaluation, explain, load_run, write_run
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Session:
     Methods move heads that end, for whatever reason, from `active` to `done`, which maps folder names to runs.
     """
 
-    info: SourceInfo
+    source: BlockSource
     validation: BlockSource | None
     config: TrainConfig
     out: Path
@@ -53,8 +58,19 @@ class Session:
     recipe: str
     hints: Mapping[str, str]
 
-    def open(self, heads: Sequence[HeadChoice], *, resume: bool) -> tuple[dict[str, Run], list[Learner]]:
-        """Runs that are finished already by folder name, and learners for the others: built, or continued."""
+    @property
+    def info(self) -> SourceInfo:
+        """What the source's blocks hold."""
+        return self.source.info
+
+    def open(
+        self, heads: Sequence[HeadChoice], *, resume: bool
+    ) -> tuple[dict[str, Run], list[Learner], Position | None]:
+        """Runs that are finished already by folder name, learners for the others (built, or continued), and where the
+        learner that is furthest behind goes on (None: its checkpoint does not say).
+
+        A source that grows then gives the epochs that were begun the committed sets that they had.
+        """
         done: dict[str, Run] = {}
         for choice in heads:
             folder = self.out / choice.folder
@@ -62,21 +78,30 @@ class Session:
                 if not resume:
                     raise SpecError(f"{folder} holds a run already; choose another --out, or --resume to keep it")
                 run = load_run(folder)
-                self._same(folder, self._identity(choice), _identity_of(run))
+                check_same(folder, identity_of(choice, self.info), identity_of_run(run, self.source))
                 done[choice.folder] = run
             elif not resume and folder.is_dir() and any(folder.iterdir()):
                 raise SpecError(f"{folder} holds an unfinished run; --resume continues it, or remove the folder")
         learners: list[Learner] = []
+        positions: list[tuple[int, Position | None]] = []
         for choice in heads:
             if choice.folder in done:
                 continue
             learner = Learner(choice, self.info, self.device, autocast=self.autocast)
-            checkpoint = self.out / choice.folder / CHECKPOINT
-            if checkpoint.exists():
-                saved = _load_checkpoint(checkpoint)
-                self._same(checkpoint.parent, self._identity(choice), saved["identity"])
-                learner.load_state(saved["learner"])
+            position: Position | None = (0, 0)
+            if saved := load_checkpoint(self.out / choice.folder):
+                check_same(self.out / choice.folder, identity_of(choice, self.info), saved.identity)
+                learner.load_state(saved.learner)
+                position = saved.position
+                if position is not None and isinstance(self.source, FollowingSource):
+                    # An epoch that was begun keeps its set.
+                    self.source.restore(saved.extent, epochs=position[0] + (position[1] > 0))
             learners.append(learner)
+            positions.append((learner.iteration, position))
+        for run in done.values():
+            # A head that is added to trained ones reads what they read.
+            if run.status == "finished" and learners and isinstance(self.source, FollowingSource):
+                self.source.restore(run.extent["training"], epochs=None)
         # Last, so that a bad argument leaves nothing behind; and before the first step, so that a folder that cannot
         # be written is found now and not after hours of training.
         for choice in heads:
@@ -84,51 +109,47 @@ class Session:
                 (self.out / choice.folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise explain(error, self.out / choice.folder) from error
-        return done, learners
+        return done, learners, min(positions, key=lambda found: found[0])[1] if positions else (0, 0)
 
-    def _identity(self, choice: HeadChoice) -> dict[str, Any]:
-        """What determines a head's weights, as JSON data."""
-        return {
-            "head": choice.name,
-            "options": to_json(choice.options),
-            "train": _train_identity(choice.train),
-            "features": self.info.features.key,
-            "targets": targets_key(needed_targets(choice.head, self.info)),
-            "extent": to_json(self.info.extent),
-        }
-
-    def _same(self, folder: Path, asked: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        if difference := first_difference(found, asked):
-            name, was, now = difference
-            raise IncompatibleError(
-                f"{folder} was trained with {name} = {was}, now {now} is asked; use the same settings and data, "
-                "or another --out"
-            )
-
-    def checkpoint(self, active: Sequence[Learner]) -> None:
-        """Saves all active heads."""
+    def checkpoint(self, active: Sequence[Learner], position: Position) -> None:
+        """Saves all active heads, and where they go on."""
         for learner in active:
-            buffer = BytesIO()
-            torch.save({"identity": self._identity(learner.choice), "learner": learner.state()}, buffer)
-            write_durably(self.out / learner.choice.folder / CHECKPOINT, buffer.getvalue())
+            identity = identity_of(learner.choice, self.info)
+            checkpoint = Checkpoint(identity, learner.state(), position, self.extent)
+            save_checkpoint(self.out / learner.choice.folder, checkpoint)
         if active:
             self.report(events.CheckpointDone(active[0].iteration))
 
+    @property
+    def extent(self) -> Mapping[str, Any]:
+        """What training read until now: of a source that grows the committed set of each epoch."""
+        return self.source.extent if isinstance(self.source, FollowingSource) else self.info.extent
+
     def after_step(
-        self, iteration: int, stepped: Sequence[Learner], active: list[Learner], done: dict[str, Run]
+        self,
+        iteration: int,
+        position: Position,
+        stepped: Sequence[Learner],
+        active: list[Learner],
+        done: dict[str, Run],
     ) -> None:
-        """Evaluates and saves, where it is due after an iteration."""
+        """Evaluates and saves, where it is due after an iteration; `position` is where the next one is."""
         if iteration == self.config.iterations:
             return
         if self.config.evaluate_every and iteration % self.config.evaluate_every == 0:
             self.score(stepped, active, done)
         if self.config.checkpoint_every and iteration % self.config.checkpoint_every == 0:
-            self.checkpoint([x for x in stepped if x in active])
+            self.checkpoint([x for x in stepped if x in active], position)
 
     def score(self, learners: Sequence[Learner], active: list[Learner], done: dict[str, Run]) -> dict[str, Scored]:
-        """Scores learners on the validation source; one that fails is stopped. Results by folder name."""
+        """Scores learners on the validation source; one that fails is stopped. Results by folder name.
+
+        None is scored while a validation source that grows is not complete.
+        """
         results: dict[str, Scored] = {}
         if self.validation is None or not learners:
+            return results
+        if isinstance(self.validation, FollowingSource) and not self.validation.take(0):
             return results
         for learner in learners:
             learner.trained.module.eval()
@@ -145,8 +166,14 @@ class Session:
             self.report(events.EvaluationDone(learner.choice.label, learner.iteration, result.scores.values))
         return results
 
-    def complete(self, active: list[Learner], done: dict[str, Run]) -> None:
-        """Scores and records the heads that reached the end."""
+    def interrupt(self, active: Sequence[Learner], done: dict[str, Run], position: Position) -> None:
+        """Saves all active heads, and records them as interrupted."""
+        self.checkpoint(active, position)
+        for learner in active:
+            done[learner.choice.folder] = self.record(learner, "interrupted", "stopped on request")
+
+    def finish(self, active: list[Learner], done: dict[str, Run], position: Position) -> list[Learner]:
+        """Saves the heads that reached the end, before they are scored; returns those whose weights are finite."""
         for learner in list(active):
             try:
                 learner.check_weights()
@@ -154,7 +181,11 @@ class Session:
                 self.stop(learner, error, active, done)
         if self.validation is not None:
             # A kill during a long evaluation then costs the evaluation only.
-            self.checkpoint(active)
+            self.checkpoint(active, position)
+        return active
+
+    def complete(self, active: list[Learner], done: dict[str, Run]) -> None:
+        """Scores and records the heads that reached the end."""
         results = self.score(list(active), active, done)
         for learner in active:
             run = self.record(learner, "finished", "")
@@ -178,7 +209,7 @@ class Session:
         self._close(learner, run, done)
 
     def _close(self, learner: Learner, run: Run, done: dict[str, Run]) -> None:
-        (run.folder / CHECKPOINT).unlink(missing_ok=True)
+        remove_checkpoint(run.folder)
         done[learner.choice.folder] = run
         self.report(events.RunDone(learner.choice.label, str(run.folder), run.status))
 
@@ -187,7 +218,10 @@ class Session:
         choice, info = learner.choice, self.info
         targets = needed_targets(choice.head, info)
         on_gpu = self.device.type == "cuda"
-        extent = {"training": info.extent, "validation": self.validation.info.extent if self.validation else {}}
+        validation = self.validation.info.extent if self.validation else {}
+        if isinstance(self.validation, FollowingSource):
+            validation = self.validation.extent
+        extent = {"training": self.extent, "validation": validation}
         return Run(
             folder=self.out / choice.folder,
             status=status,
@@ -221,29 +255,6 @@ class Session:
             versions={"fcache": fcache.__version__, "torch": str(torch.__version__), "numpy": np.__version__},
             hints=self.hints,
         )
-
-
-def _train_identity(train: TrainConfig) -> Any:
-    # How often a training is scored or saved changes no weight.
-    return to_json(replace(train, evaluate_every=0, checkpoint_every=0))
-
-
-def _identity_of(run: Run) -> dict[str, Any]:
-    return {
-        "head": run.head,
-        "options": to_json(run.options),
-        "train": _train_identity(run.train),
-        "features": run.features_key,
-        "targets": run.targets_key,
-        "extent": run.extent["training"],
-    }
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CorruptError(f"{path} cannot be read ({error}); remove its folder and train again") from error
 
 
 def _reason(error: Exception) -> str:

@@ -4,19 +4,22 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fcache.cache_spec import Block, BlockSource, IncompatibleError, SpecError
+from fcache.cache_spec import BlockSource, FollowingSource, IncompatibleError, SpecError
 from fcache.heads import events
-from fcache.heads.batches import to_batch
+from fcache.heads.batches import Batch, device_batches
+from fcache.heads.checkpoints import Position
 from fcache.heads.choice import HeadChoice, needed_levels, needed_targets
 from fcache.heads.config import TrainConfig
 from fcache.heads.events import Report, silent
 from fcache.heads.learner import Learner
 from fcache.heads.runs import Run
 from fcache.heads.session import Session
+
+# How often a split that is followed is looked at while there is nothing to read.
+POLL_SECONDS = 1.0
 
 
 def train(
@@ -50,7 +53,7 @@ def train(
     device = torch.device(device)
     _check(source, validation, heads, allow_random_backbone)
     session = Session(
-        info=source.info,
+        source=source,
         validation=validation,
         config=config,
         out=Path(out),
@@ -61,10 +64,9 @@ def train(
         hints=dict(hints or {}),
     )
     try:
-        done, learners = session.open(heads, resume=resume)
+        done, learners, position = session.open(heads, resume=resume)
         if learners:
-            active = _run(session, source, learners, done, should_stop)
-            session.complete(active, done)
+            _run(session, learners, done, position, should_stop)
     finally:
         for choice in heads:
             # An empty folder stays of a training that failed before it saved anything.
@@ -93,36 +95,36 @@ def _check(
                     f"head {choice.label!r}: training and validation have different targets (classes or conversion); "
                     "use one cache for both"
                 )
-    if source.num_blocks(0) == 0:
+    if not isinstance(source, FollowingSource) and source.num_blocks(0) == 0:
         raise SpecError(f"split {info.split!r} has less than one batch of samples; lower batch_size, or use more of it")
 
 
 def _run(
     session: Session,
-    source: BlockSource,
     learners: Sequence[Learner],
     done: dict[str, Run],
+    position: Position | None,
     should_stop: Callable[[], bool],
-) -> list[Learner]:
-    """Steps all learners to the end of the config; returns those that are still active."""
+) -> None:
+    """Steps all learners to the end of the config, then scores and records them."""
     config, report = session.config, session.report
     active = list(learners)
     first = min(learner.iteration for learner in active)
     report(events.TrainingStarted({x.choice.label: x.parameters for x in active}, first, config.iterations))
-    levels = needed_levels([x.choice for x in active], source.info.levels)
-    with closing(_endless(source, first)) as stream:
+    position = _position(session.source, first) if position is None else position
+    levels = needed_levels([x.choice for x in active], session.info.levels)
+    with closing(_endless(session, position, levels, should_stop)) as stream:
         for iteration in range(first, config.iterations):
             if should_stop():
-                session.checkpoint(active)
-                for learner in active:
-                    done[learner.choice.folder] = session.record(learner, "interrupted", "stopped on request")
-                return []
+                return session.interrupt(active, done, position)
             start = time.perf_counter()
-            epoch, ends, block = next(stream)
+            found = next(stream, None)
+            if found is None:
+                return session.interrupt(active, done, position)
+            position, ended, batch = found
             waited = time.perf_counter() - start
-            if len(block) > config.batch_size:
-                raise SpecError(f"the source gives batches of {len(block)}, the config says {config.batch_size}")
-            batch = to_batch(block, session.device, levels=levels)
+            if len(batch) > config.batch_size:
+                raise SpecError(f"the source gives batches of {len(batch)}, the config says {config.batch_size}")
             losses: dict[str, float] = {}
             # After a kill between two checkpoints heads continue from different iterations: each waits for its own.
             stepping = [x for x in active if x.iteration == iteration]
@@ -132,28 +134,54 @@ def _run(
                 except Exception as error:
                     session.stop(learner, error, active, done)
             if not active:
-                return []
+                return None
             seconds = time.perf_counter() - start
             for learner in stepping:
                 learner.seconds += seconds
                 learner.waited += waited
             report(events.StepDone(iteration + 1, config.iterations, losses, seconds, waited))
-            if ends:
-                report(events.EpochDone(epoch, iteration + 1))
-            session.after_step(iteration + 1, [x for x in stepping if x in active], active, done)
+            if ended is not None:
+                report(events.EpochDone(ended, iteration + 1))
+            session.after_step(iteration + 1, position, [x for x in stepping if x in active], active, done)
             if not active:
-                return []
-    return active
+                return None
+    active = session.finish(active, done, position)
+    if active and not _taken(session.validation, 0, report, should_stop):
+        return session.interrupt(active, done, position)
+    return session.complete(active, done)
 
 
-def _endless(source: BlockSource, first: int) -> Generator[tuple[int, bool, Block[Any]]]:
-    """Blocks of epoch after epoch from the `first` block of all on, as (epoch, whether it ends it, block)."""
-    epoch, start = 0, first
-    while start >= source.num_blocks(epoch):
-        start -= source.num_blocks(epoch)
-        epoch += 1
-    while True:
+def _endless(
+    session: Session, position: Position, levels: Sequence[str], should_stop: Callable[[], bool]
+) -> Generator[tuple[Position, int | None, Batch]]:
+    """Batches of epoch after epoch from `position` on, as (position of the next, the epoch if it ends it, batch).
+
+    Ends when it was asked to stop while it waited for a source that grows.
+    """
+    source, (epoch, start) = session.source, position
+    while _taken(source, epoch, session.report, should_stop):
         count = source.num_blocks(epoch)
-        for index, block in enumerate(source.blocks(epoch, start=start), start=start):
-            yield epoch, index + 1 == count, block
+        batches = device_batches(source.blocks(epoch, start=start), session.device, levels=levels)
+        for index, batch in enumerate(batches, start=start):
+            ends = index + 1 == count
+            yield (epoch + 1, 0) if ends else (epoch, index + 1), epoch if ends else None, batch
         epoch, start = epoch + 1, 0
+
+
+def _taken(source: BlockSource | None, epoch: int, report: Report, should_stop: Callable[[], bool]) -> bool:
+    """Fixes what an epoch of a source that grows reads, and waits while there is nothing; False if asked to stop."""
+    while isinstance(source, FollowingSource) and not source.take(epoch):
+        report(events.Waiting(source.info.split))
+        time.sleep(POLL_SECONDS)
+        if should_stop():
+            return False
+    return True
+
+
+def _position(source: BlockSource, blocks: int) -> Position:
+    """Where an earlier release that did not save it had come after that many blocks."""
+    epoch = 0
+    while blocks >= source.num_blocks(epoch):
+        blocks -= source.num_blocks(epoch)
+        epoch += 1
+    return epoch, blocks

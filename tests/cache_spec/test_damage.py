@@ -204,7 +204,7 @@ def test_a_root_that_is_none_is_refused(root, damage):
 
 
 def test_an_edited_or_missing_manifest_is_refused(root):
-    (path,) = (root / "manifest").iterdir()
+    (path,) = (root / "manifest").glob("*.json")
     body = path.read_text()
     path.write_text(body.replace('"views":1', '"views":2'))
     with pytest.raises(CorruptError, match="the manifest of 'train' was changed"):
@@ -212,6 +212,28 @@ def test_an_edited_or_missing_manifest_is_refused(root):
     path.unlink()
     with pytest.raises(CorruptError, match="is missing, the cache's root names it"):
         open_cache(root)
+
+
+def test_edited_cut_or_missing_sample_ids_are_refused_when_they_are_needed(root):
+    (path,) = (root / "manifest").glob("*.ids")
+    body = path.read_bytes()
+    for changed, error in ((body.replace(b"#1", b"#9"), "was changed"), (body[:-1], "bytes, the manifest says")):
+        path.write_bytes(changed)
+        with pytest.raises(CorruptError, match=error):
+            read_all(root)
+        with pytest.raises(CorruptError, match=error):
+            verify(root)
+    path.unlink()
+    with pytest.raises(CorruptError, match=r"\.ids is missing, the manifest names it"):
+        read_all(root)
+
+
+def test_edited_digests_of_samples_are_found(root):
+    (path,) = (root / "manifest").glob("*.digests")
+    path.write_bytes(path.read_bytes().replace(b"digest", b"digits"))
+    read_all(root)
+    with pytest.raises(CorruptError, match="was changed"):
+        verify(root)
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "train/zarr.json", "train/level-4/zarr.json", "train/targets/zarr.json"])

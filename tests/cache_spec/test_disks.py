@@ -8,7 +8,7 @@ import sys
 import pytest
 from cachebuilder import group, manifest, snapshot, write_pending
 
-from fcache.cache_spec import CorruptError, DataError, access, open_cache, open_writer, verify
+from fcache.cache_spec import CorruptError, DataError, open_cache, open_writer, verify
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
 
@@ -133,7 +133,7 @@ def test_files_that_may_not_be_read_are_named(cache, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(access.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(DataError, match=r"cannot read .*level-4/c.0.0.0.0: Permission denied; fix its permissions"):
         open_cache(cache).read("train", "level-4", 0)
 

@@ -13,7 +13,7 @@ from fcache.cache_spec.targets import KINDS, target_arrays
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/reference/format.md").read_text()
-GOLDEN = REPOSITORY / "tests/golden/format-1.fcache"
+GOLDEN = [REPOSITORY / f"tests/golden/format-{n}.fcache" for n in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,10 @@ def page_reader():
     return names
 
 
-def test_the_pages_reader_reads_the_golden_cache(page_reader):
-    cache = open_cache(GOLDEN)
-    found = {(i, v): levels for i, v, levels in page_reader["features"](GOLDEN)}
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.stem)
+def test_the_pages_reader_reads_the_golden_caches(page_reader, golden):
+    cache = open_cache(golden)
+    found = {(i, v): levels for i, v, levels in page_reader["features"](golden)}
     count = 0
     for split in cache.splits:
         for records in cache.records(split):

@@ -1,4 +1,4 @@
-"""The cache of format 1 that lies in the repository opens and holds the same numbers, now and later."""
+"""The caches of all formats that lie in the repository open and hold the same numbers, now and later."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ from fcache.cache_spec import (
 )
 from fcache.cache_spec.verify import Verified
 
-GOLDEN = Path(__file__).parents[1] / "golden/format-1.fcache"
+FORMATS = {n: Path(__file__).parents[1] / f"golden/format-{n}.fcache" for n in (1, 2)}
+GOLDEN = FORMATS[2]
 FEATURES_KEY = "d081528eeff247a108e56cf6491b44bdb95339b86297276330921f45a1c255a5"
 TARGETS_KEY = "3c061d214e80bedf7e63d654a346963c1e71385179bb988b2fae546bb7c60056"
 SEMANTIC_KEY = "45f0a83598ca3734dde574359e888dfebea1bc147de59d3ded6320354c37c242"
@@ -40,8 +41,13 @@ NUMBERS = {
 }
 
 
-def test_its_digests_are_the_ones_that_they_were():
-    manifest = open_cache(GOLDEN).manifest
+@pytest.fixture(params=FORMATS, ids=lambda n: f"format-{n}")
+def golden(request):
+    return FORMATS[request.param]
+
+
+def test_its_digests_are_the_ones_that_they_were(golden):
+    manifest = open_cache(golden).manifest
     assert manifest.features.key == FEATURES_KEY
     assert targets_key(manifest.targets) == TARGETS_KEY
     assert manifest.target("semantic").key == SEMANTIC_KEY
@@ -49,10 +55,10 @@ def test_its_digests_are_the_ones_that_they_were():
 
 @pytest.mark.parametrize("mode", ["mmap", "pread"])
 @pytest.mark.parametrize("split", NUMBERS)
-def test_its_numbers_are_the_ones_that_they_were(split, mode):
+def test_its_numbers_are_the_ones_that_they_were(golden, split, mode):
     config = StreamConfig(4, kinds=("semantic",), order="sequential", all_views=True)
     seen, numbers, maps = 0, hashlib.sha256(), hashlib.sha256()
-    for block in open_source(open_cache(GOLDEN, mode=mode), split, config).blocks(0):
+    for block in open_source(open_cache(golden, mode=mode), split, config).blocks(0):
         seen += len(block)
         for x in block.pyramid(np).levels.values():
             numbers.update(np.ascontiguousarray(x).tobytes())
@@ -61,9 +67,9 @@ def test_its_numbers_are_the_ones_that_they_were(split, mode):
     assert (seen, numbers.hexdigest(), maps.hexdigest()) == NUMBERS[split]
 
 
-def test_it_is_complete_and_says_what_was_quarantined():
-    assert verify(GOLDEN, deep=True) == Verified(12, 12, 4440, ())
-    reader = open_cache(GOLDEN)
+def test_it_is_complete_and_says_what_was_quarantined(golden):
+    assert verify(golden, deep=True) == Verified(12, 12, 4440, ())
+    reader = open_cache(golden)
     assert reader.quarantined("train") == {"train-1": "cannot identify image file"}
     assert reader.quarantined("val") == {}
     truth = [reader.read("val/32x32", "targets/semantic/truth", r).tolist() for r in (0, 1)]
@@ -71,10 +77,10 @@ def test_it_is_complete_and_says_what_was_quarantined():
     assert reader.manifest.group("val/32x64").ids == ("val-32x64-0",)
 
 
-def test_other_zarr_readers_see_the_same():
-    codes = zarr.open_group(GOLDEN, mode="r")["train/level-4"]
+def test_other_zarr_readers_see_the_same(golden):
+    codes = zarr.open_group(golden, mode="r")["train/level-4"]
     assert codes.shape == (8, 3, 8, 8)
-    reader = open_cache(GOLDEN)
+    reader = open_cache(golden)
     for record in (0, 2, 4, 6):
         np.testing.assert_array_equal(codes[record], reader.read("train", "level-4", record))
     for absent in (1, 3, 5, 7):
@@ -84,11 +90,11 @@ def test_other_zarr_readers_see_the_same():
 def test_a_newer_format_is_refused_and_names_both_versions(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "c")
     node = json.loads((tmp_path / "c/zarr.json").read_text())
-    node["attributes"]["fcache"] = {"format": 2, "something": "new"}
+    node["attributes"]["fcache"] = {"format": 3, "something": "new"}
     (tmp_path / "c/zarr.json").write_text(json.dumps(node))
-    with pytest.raises(IncompatibleError, match=r"format 2, this fcache reads up to 1; update fcache"):
+    with pytest.raises(IncompatibleError, match=r"format 3, this fcache reads up to 2; update fcache"):
         open_cache(tmp_path / "c")
-    with pytest.raises(IncompatibleError, match="format 2"):
+    with pytest.raises(IncompatibleError, match="format 3"):
         verify(tmp_path / "c")
 
 

@@ -262,8 +262,9 @@ def test_the_folder_of_temporary_files_may_vanish_at_any_time(folder, monkeypatc
             self.rmdir()
 
     monkeypatch.setattr(Path, "mkdir", vanish)
-    _, file = open_partial(folder)
+    path, file = open_partial(folder)
     file.close()
+    path.unlink()
     assert len(vanished) == 3
     vanished.clear()
     assert claims_in(folder).acquire("train", 0)

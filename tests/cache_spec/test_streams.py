@@ -7,20 +7,23 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from cachebuilder import features, group, manifest, stored_targets, view_of, write_pending
+from cachebuilder import features, group, manifest, stored_targets, view_of, write_pending, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcache.cache_spec import (
+    IncompleteError,
     SpecError,
     StreamConfig,
+    encoding_names,
+    find_encoding,
     open_cache,
     open_source,
     open_writer,
     parse_fraction,
     subset_ids,
 )
-from fcache.cache_spec.order import epoch_batches
+from fcache.cache_spec.order import epoch_batches, num_batches
 
 KINDS = ("semantic", "instances")
 
@@ -145,7 +148,10 @@ def test_the_batches_of_all_ranks_are_disjoint_equal_in_number_and_cover_the_epo
         assert len(everything - set(records)) == sum(n % batch for n in sizes if n > batch)
     else:
         assert set(records) == everything
+    counted = {of: num_batches(sizes, batch_size=batch, drop_last=drop_last, world=(0, of)) for of in (1, processes)}
+    assert counted[1] == len(whole)
     shares = [batches(r, processes) for r in range(processes)]
+    assert counted[processes] == len(shares[0])
     assert len({len(s) for s in shares}) == 1
     together = [b for s in shares for b in s]
     assert len(set(together)) == len(together)
@@ -184,6 +190,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_in_the_record(root):
         ({"batch_size": 1, "subset": 0.0}, "more than 0 % and at most 100 %"),
         ({"batch_size": 1, "subset": 1.5}, "at most 100 %, got 150"),
         ({"batch_size": 1, "world": (2, 2)}, "0 <= rank < processes"),
+        ({"batch_size": 1, "decode": "int8"}, "decoded to fp32 or fp16, or not at all"),
     ],
 )
 def test_impossible_configurations_are_refused(change, match):
@@ -333,3 +340,79 @@ def test_the_extent_says_what_was_used(root):
     assert all(level.shape[1:] == (0, 0) for level in info.levels)
     assert info.extent["committed"] == open_source(reader, "val", StreamConfig(3, kinds=KINDS)).info.extent["committed"]
     assert info.extent["committed"] != open_source(reader, "train", StreamConfig(2)).info.extent["committed"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_order_can_be_asked_for_and_read_apart(root, split):
+    source = open_source(open_cache(root), split, StreamConfig(3, kinds=KINDS))
+    for epoch in range(3):
+        expected = [(b.ids, b.view_indices, bytes_of(b)) for b in source.blocks(epoch)]
+        order = source.order(epoch)
+        assert len(order) == len(expected) == source.num_blocks(epoch)
+        assert [(b.ids, b.view_indices, bytes_of(b)) for b in source.read(reversed(order))] == expected[::-1]
+        for (number, rows), (ids, view_indices, _) in zip(order, expected, strict=True):
+            found = source.records[number]
+            assert tuple(found.group.ids[i] for i in found.samples[rows]) == ids
+            assert tuple(found.views[rows]) == view_indices
+            assert source.frame(number, rows)[::2] == (ids, view_indices)
+
+
+@pytest.mark.parametrize("decode", ["fp32", "fp16"])
+@pytest.mark.parametrize("encoding", [n for n in encoding_names() if find_encoding(n).fit is None])
+def test_what_the_readers_threads_decode_is_what_is_decoded_afterwards(folder, encoding, decode):
+    write_pending(open_writer(folder / "c", manifest(group(samples=9, encoding=encoding), kinds=("semantic",))))
+    coded, decoded = (
+        open_source(open_cache(folder / "c"), "train", StreamConfig(2, kinds=("semantic",), decode=d, threads=3))
+        for d in (None, decode)
+    )
+    for epoch in range(2):
+        for one, two in zip(coded.blocks(epoch), decoded.blocks(epoch), strict=True):
+            assert (one.ids, one.views) == (two.ids, two.views)
+            np.testing.assert_array_equal(one.targets["semantic/map"], two.targets["semantic/map"])
+            for name, level in two.levels.items():
+                assert (level.encoding, list(level.parts)) == (decode, [""])
+                expected = one.levels[name].decode(np)
+                if decode == "fp16":
+                    expected = expected.astype(np.float16).astype(np.float32)
+                assert level.parts[""].dtype == np.dtype(decode.replace("fp", "float"))
+                assert level.decode(np).tobytes() == expected.tobytes()
+
+
+def test_only_decoded_levels_lie_in_buffers_made_for_a_device(root):
+    made = []
+
+    def allocate(shape, dtype):
+        made.append((shape, dtype))
+        return np.empty(shape, dtype)
+
+    source = open_source(open_cache(root), "train", StreamConfig(2, threads=1, decode="fp32", allocate=allocate))
+    for epoch in range(2):
+        for block in source.blocks(epoch):
+            assert all(level.parts[""].dtype == np.float32 for level in block.levels.values())
+    assert np.dtype("int8") not in [dtype for _, dtype in made]
+    assert made.count(((2, 3, 8, 8), np.float32)) == made.count(((2, 5, 4, 4), np.float32)) == 3
+
+
+def test_features_too_large_for_fp16_are_an_error_when_they_are_decoded_to_it(folder, monkeypatch):
+    import cachebuilder
+
+    def huge(level, sample, view):
+        return np.full(level.shape, 7e4, np.float32)
+
+    monkeypatch.setattr(cachebuilder, "features", huge)
+    write_pending(open_writer(folder / "c", manifest(group(samples=3), kinds=())))
+    source = open_source(open_cache(folder / "c"), "train", StreamConfig(2, decode="fp16"))
+    with pytest.raises(SpecError, match="train/level-4 holds features that do not fit into fp16; decode to fp32"):
+        list(source.blocks(0))
+    fine = open_source(open_cache(folder / "c"), "train", StreamConfig(2, decode="fp32"))
+    assert all((b.levels["level-4"].parts[""] > 6e4).all() for b in fine.blocks(0))
+
+
+def test_a_subset_of_which_nothing_is_committed_is_incomplete(folder):
+    g = group(samples=40, shard_records=1)
+    writer = open_writer(folder / "c", manifest(g, kinds=()))
+    chosen = subset_ids(g.ids, 0.1)
+    write_shard(writer, next(s for s in writer.pending() if g.ids[s.sample] not in chosen))
+    reader = open_cache(folder / "c", allow_partial=True)
+    with pytest.raises(IncompleteError, match="nothing of this subset of split 'train' is committed yet"):
+        open_source(reader, "train", StreamConfig(2, subset=0.1))

@@ -73,24 +73,6 @@ def test_a_recipe_gives_settings_that_the_command_line_overrides(scenes: Path, t
     assert sum(other["level_bytes"].values()) == 2 * sum(plan["level_bytes"].values())
 
 
-def test_a_damaged_shard_is_repaired_and_only_that_is_made_again(scenes: Path, tmp_path: Path, capsys) -> None:
-    cache = tmp_path / "c.fcache"
-    assert extract(scenes, cache) == 0
-    assert main(["repair", str(cache)]) == 0
-    whole = {p: p.read_bytes() for p in cache.glob("*/**/c.*")}
-    bad = min((cache / "train" / "level-8").glob("c.1.*"))
-    bad.write_bytes(bad.read_bytes()[:50] + b"x" + bad.read_bytes()[51:])
-    assert main(["verify", str(cache), "--deep"]) == 4
-    assert "run `fcache repair" in capsys.readouterr().err
-    assert main(["repair", str(cache)]) == 3
-    assert "train/features shard 1: train/level-8/c.1" in capsys.readouterr().out
-    times = {p: p.stat().st_mtime_ns for p in cache.glob("commits/**/*.json")}
-    assert extract(scenes, cache) == 0
-    assert {p: p.stat().st_mtime_ns for p in times} == times
-    assert main(["verify", str(cache), "--deep"]) == 0
-    assert {p: p.read_bytes() for p in cache.glob("*/**/c.*")} == whole
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -45,7 +45,7 @@ def test_a_coded_cache_equals_the_live_source_within_the_stated_error(make_job: 
         for name, level in b.levels.items():
             x = level.decode(torch).numpy()
             error = np.abs(a.levels[name].decode(np) - x)
-            assert (error <= find_encoding(encoding).error(x, a.levels[name].level, np)).all()
+            assert (error <= find_encoding(encoding).error(x, a.levels[name].level, {}, np)).all()
             assert error.max() > 0
 
 

@@ -1,7 +1,9 @@
 """kill -9 of a writing process at random moments: nothing that was committed is lost, touched or wrong."""
 
+import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -9,11 +11,13 @@ import time
 from cachebuilder import assert_readable_is_exact, group, manifest, snapshot, write_pending
 
 from fcache.cache_spec import LevelSpec, open_cache, open_writer, verify
+from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES
+from tests.torture.caches import contents
+from tests.torture.children import CHANGES, WRITING, run_child
 
 LEVELS = (LevelSpec("level-4", "C H W", (64, 64, 64), 4), LevelSpec("level-8", "C H W", (128, 32, 32), 8))
 KINDS = ("semantic", "instances")
-RUN = ("time", "seconds", "host", "pid")
 
 # Creates or grows the cache, writes what is pending, feature and target parts in turn, and says when it begins.
 WRITER = """
@@ -69,24 +73,9 @@ def committed(root):
     reader = open_cache(root)
     for g in reader.manifest.groups:
         for part in reader.manifest.parts():
-            for commit in reader.commits(g, part).values():
+            for commit in read_commits(reader.storage, g.path, part).values():
                 names |= set(commit.files)
     return {n: files[n] for n in names}
-
-
-def without_run(text):
-    """A commit without what says when, where and by whom."""
-    import json
-
-    body = json.loads(text)
-    return {k: v for k, v in body.items() if k not in ("run", "digest")}
-
-
-def contents(root):
-    found = {}
-    for name, (data, _) in snapshot(root).items():
-        found[name] = without_run(data) if name.startswith("commits/") else data
-    return found
 
 
 def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
@@ -119,7 +108,7 @@ def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
                 refused += bool(faults.missing)
                 partial = open_cache(root, allow_partial=True)
                 for split in partial.splits:
-                    if any(partial.commits(g, FEATURES) for g in partial.manifest.split(split)):
+                    if any(len(partial.committed(g, FEATURES)) for g in partial.manifest.split(split)):
                         assert_readable_is_exact(partial, split, ())
             views = rng.choice((views, 2))
         run_to_the_end(root, 2)
@@ -140,47 +129,65 @@ def whole_extents(root):
     return open_cache(root).manifest.group("train").extents
 
 
-def test_a_writer_killed_at_every_step_of_a_commit_leaves_a_pending_shard(folder, monkeypatch):
-    """Every system call that changes a file, in turn: the process "dies" there and another goes on."""
-    from pathlib import Path
+def _write_and_die(root, wanted, step):
+    """Writes a cache in a fork that kills itself before its `step`-th change of the file system; whether it did."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left = [step]
 
-    from fcache.cache_spec import files, shardfile
+    def count():
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
 
-    class Killed(BaseException):
-        pass
+    def hook(event, args):
+        if event in CHANGES or (event == "open" and args[2] and args[2] & WRITING):
+            count()
 
-    small = manifest(group(samples=2, levels=(LevelSpec("level-4", "C", (4,), 4),)), kinds=())
-    steps = 0
-    while True:
-        root, left = folder / f"step-{steps}", [steps]
+    fsync = os.fsync
+    os.fsync = lambda fd: (count(), fsync(fd))
+    status = 1
+    try:
+        sys.addaudithook(hook)
+        write_pending(open_writer(root, wanted))
+        status = 0
+    finally:
+        os._exit(status)
 
-        def dying(function, left=left):
-            def call(*args, **kwargs):
-                if left[0] == 0:
-                    raise Killed
-                left[0] -= 1
-                return function(*args, **kwargs)
 
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in ((Path, "replace"), (Path, "mkdir"), (files.os, "fsync"), (shardfile.os, "fsync")):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            # A killed process cleans nothing up.
-            patch.setattr(Path, "unlink", lambda *_, **__: None)
-            try:
-                write_pending(open_writer(root, small))
-            except Killed:
-                pass
-            else:
-                break
-        (root / "lock").unlink(missing_ok=True)
+def _die_everywhere(folder):
+    """Dies at every step in turn, and goes on; returns the steps at which shards were pending, and committed."""
+    wanted = manifest(group(samples=2, levels=(LevelSpec("level-4", "C", (4,), 4),)), kinds=())
+    write_pending(open_writer(folder / "whole", wanted))
+    whole, pending, committed_at = contents(folder / "whole"), [], []
+    for step in itertools.count():
+        root = folder / f"step-{step}"
+        root.mkdir()
+        died = _write_and_die(root, wanted, step)
         if (root / "zarr.json").exists():
-            faults = verify(root, deep=True)
-            assert not faults.corrupt
-            assert len(faults.missing) + faults.committed == 1
-        write_pending(open_writer(root, small))
-        assert not verify(root, deep=True).faults
+            found = verify(root, deep=True)
+            assert not found.corrupt
+            assert len(found.missing) + found.committed == 1
+            (committed_at if found.committed else pending).append(step)
+        assert died or found.committed
+        # A lock without an owner inside is waited for until it has rested for two minutes.
+        assert not (root / "lock").exists() or (root / "lock").read_bytes()
+        writer = open_writer(root, wanted)
+        write_pending(writer)
+        writer.finish()
+        assert contents(root) == whole
         assert len(assert_readable_is_exact(open_cache(root), "train", ())) == 2
-        steps += 1
-    assert steps > 40
+        if not died:
+            return pending, committed_at
+
+
+def test_a_writer_killed_at_every_step_of_a_commit_leaves_a_pending_shard(folder, record):
+    """Every system call that changes a file, in turn: the process is killed there and another goes on."""
+    ended = run_child(_die_everywhere, folder)
+    assert ended.status == 0, ended.error
+    pending, committed_at = ended.value
+    assert min(committed_at) == max(pending) + 1
+    assert len(pending) > 20
+    steps = {"steps": committed_at[-1], "before the root": pending[0], "pending": len(pending), "differences": 0}
+    record("killed_at_every_step", steps)

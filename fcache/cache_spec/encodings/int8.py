@@ -5,57 +5,45 @@ A map is quantised to round(x / scale) with scale = max|x| / 127; -128 is never 
 
 from collections.abc import Mapping
 
-from fcache.cache_spec.encodings.encoding import Array, Encoding, Namespace, Part
+import numpy as np
+
+from fcache.cache_spec.encodings.encoding import (
+    Array,
+    Encoding,
+    Namespace,
+    Part,
+    Tables,
+    filled,
+    half_a_step,
+    scale_and_codes,
+    scale_part,
+    scaled,
+)
 from fcache.cache_spec.spec import LevelSpec
 
 
-def _axes(level: LevelSpec) -> tuple[int, ...]:
-    """The axes of [B, *level.shape] that share one scale: H and W where there are any, else C."""
-    dims = level.dims.split()
-    names = [d for d in dims if d in "HW"] or ["C"]
-    return tuple(1 + dims.index(d) for d in names)
+def _encode(x: Array, level: LevelSpec, tables: Tables, xp: Namespace) -> Mapping[str, Array]:
+    scale, codes = scale_and_codes(x, level, 127, xp)
+    return {"": xp.asarray(codes, dtype=xp.int8), ".scale": scale}
 
 
-def _scale_shape(level: LevelSpec) -> tuple[int, ...]:
-    axes = _axes(level)
-    return tuple(n for i, n in enumerate(level.shape) if i + 1 not in axes)
-
-
-def _encode(x: Array, level: LevelSpec, tables: Mapping[str, Array], xp: Namespace) -> Mapping[str, Array]:
-    axes = _axes(level)
-    largest = xp.amax(abs(x), axis=axes)
-    # By an array: CUDA divides by a number through its reciprocal, which is not the same in the last bit.
-    scale = largest / xp.full_like(largest, 127.0)
-    wide = scale.reshape(_wide(level, len(x)))
-    # A map of zeros, or one too small to have a normal scale, is all zeros.
-    codes = xp.round(xp.where(wide > 0, x / xp.where(wide > 0, wide, xp.ones_like(wide)), xp.zeros_like(x)))
-    return {"": xp.asarray(xp.clip(codes, -127, 127), dtype=xp.int8), ".scale": scale}
-
-
-def _wide(level: LevelSpec, batch: int) -> tuple[int, ...]:
-    axes = _axes(level)
-    return (batch, *(1 if i + 1 in axes else n for i, n in enumerate(level.shape)))
-
-
-def _decode(stored: Mapping[str, Array], level: LevelSpec, tables: Mapping[str, Array], xp: Namespace) -> Array:
-    codes = stored[""]
-    return xp.asarray(codes, dtype=xp.float32) * stored[".scale"].reshape(_wide(level, len(codes)))
-
-
-def _error(x: Array, level: LevelSpec, xp: Namespace) -> Array:
-    # Half a step, and a little for the rounding of the division and the product.
-    return xp.amax(abs(x), axis=_axes(level)).reshape(_wide(level, len(x))) / 127.0 * (0.5 + 1e-4) + 1e-38
+def _decode(
+    stored: Mapping[str, Array], level: LevelSpec, tables: Tables, xp: Namespace, *, out: Array | None = None
+) -> Array:
+    codes, scale = stored[""], stored[".scale"]
+    if xp is np:
+        maps = codes.reshape(scale.size, -1)
+        return scaled(lambda first, last: maps[first:last], scale, level, out)
+    wide = scale.reshape(*scale.shape, *(1,) * (codes.ndim - scale.ndim))
+    return filled(xp.asarray(codes, dtype=xp.float32) * wide, out)
 
 
 ENCODING = Encoding(
     name="int8",
-    parts=lambda level: (
-        Part("", "int8", level.shape, -128),
-        Part(".scale", "float32", _scale_shape(level), float("nan"), layout="table"),
-    ),
+    parts=lambda level: (Part("", "int8", level.shape, -128), scale_part(level)),
     encode=_encode,
     decode=_decode,
-    error=_error,
+    error=lambda x, level, tables, xp: half_a_step(x, level, 127, xp),
     # A little less than the largest float32: 127 times a rounded scale must not overflow.
     largest=3.4e38,
 )

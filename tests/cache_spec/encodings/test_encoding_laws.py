@@ -66,7 +66,7 @@ def test_the_error_is_what_the_encoding_states(name, data):
     level, x = data.draw(batches(name))
     encoding = find_encoding(name)
     decoded = encoding.decode(encoding.encode(x, level, {}, np), level, {}, np)
-    wide, bound = x.astype(np.float64), np.broadcast_to(encoding.error(x.astype(np.float64), level, np), x.shape)
+    wide, bound = x.astype(np.float64), np.broadcast_to(encoding.error(x.astype(np.float64), level, {}, np), x.shape)
     assert np.isfinite(decoded).all()
     assert (abs(decoded.astype(np.float64) - wide) <= bound).all()
 

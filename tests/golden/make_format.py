@@ -1,7 +1,7 @@
-"""Made tests/golden/format-1.fcache, once. The cache stays as it is: every later fcache has to open it.
+"""Makes the golden cache of the present format. A cache that was made stays as it is: later ones have to open it.
 
 Two splits, the evaluation one in two buckets; two views; int8; semantic targets; one quarantined sample.
-Usage: python tests/golden/make_format_1.py FOLDER
+Usage: python tests/golden/make_format.py FOLDER
 """
 
 import sys

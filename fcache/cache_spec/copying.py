@@ -1,0 +1,217 @@
+"""Copying a cache between folders and object stores: whole shards, each checked on its way, commits last."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fcache.cache_spec.claims import STALE_SECONDS, Claims
+from fcache.cache_spec.commits import _parse as parse_commit  # pyright: ignore[reportPrivateUsage]
+from fcache.cache_spec.commits import commit_path
+from fcache.cache_spec.copy_plan import CopyPlan, Job, check_fits, merged, opened, plan_shards
+from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
+from fcache.cache_spec.layout import Manifest
+from fcache.cache_spec.storage import NewFile, Storage
+from fcache.cache_spec.store import _write as write_manifest  # pyright: ignore[reportPrivateUsage]
+from fcache.cache_spec.verify import Fault
+
+WORKERS = 4
+# Read together, to hide latency: 16 MB of memory a worker.
+PIECE_BYTES = 4 << 20
+PIECES = 4
+RESERVE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy did, in parts of shards: `busy` ones are being written at the target by another process; `faults`
+    are damaged at the source and were left out."""
+
+    copied: int
+    bytes: int
+    skipped: int
+    missing: int
+    busy: int
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class CopyProgress:
+    """Parts of shards done and in all, bytes read and in all."""
+
+    parts: int
+    total_parts: int
+    bytes: int
+    total_bytes: int
+
+
+def plan_copy(
+    source: Path | str | Storage, target: Path | str | Storage, *, splits: Sequence[str] | None = None
+) -> CopyPlan:
+    """What `copy_cache` would do; writes nothing. Raises as that."""
+    return plan_shards(*opened(source, target, splits))[1]
+
+
+def copy_cache(
+    source: Path | str | Storage,
+    target: Path | str | Storage,
+    *,
+    splits: Sequence[str] | None = None,
+    report: Callable[[CopyProgress], None] | None = None,
+) -> Copied:
+    """Copies what the source has committed and the target has not; the same call again continues.
+
+    The manifest comes first, so that a copy that was interrupted is a cache with pending shards. Every file is compared
+    with the digest in its commit on the way; a shard that is damaged is left out. `splits` names those to copy (None:
+    all). Raises IncompatibleError if the target is a cache of another identity or layout, NoSpaceError if it has no
+    room.
+    """
+    here, there, manifest = opened(source, target, splits)
+    jobs, plan = plan_shards(here, there, manifest)
+    free = there.free_bytes()
+    if free is not None and plan.bytes and plan.bytes + RESERVE_BYTES > free:
+        raise NoSpaceError(
+            f"{plan.bytes / 1e6:.0f} MB and a reserve of {RESERVE_BYTES / 1e6:.0f} MB are needed at {there.url}, "
+            f"{free / 1e6:.0f} MB are free; free some space, or copy fewer splits (--split)"
+        )
+    claims = Claims(there)
+    with claims.lock():
+        write_manifest(there, merged(manifest, there), claims)
+    run = _Run(here, there, manifest, claims, plan, report)
+    with _heartbeat(claims):
+        try:
+            run.do(jobs)
+        finally:
+            claims.release_all()
+    there.sweep()
+    return Copied(
+        run.parts, run.bytes, plan.skip, plan.missing, run.busy,
+        tuple(sorted((*plan.faults, *run.faults), key=lambda f: (f.group, f.part, f.shard))),
+    )  # fmt: skip
+
+
+@contextmanager
+def _heartbeat(claims: Claims) -> Generator[None]:
+    """Keeps the claims alive from a thread: a shard may take longer than a claim lasts."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(STALE_SECONDS / 6):
+            # A store that does not answer now is met by the copy itself.
+            with suppress(DataError):
+                claims.beat()
+
+    thread = threading.Thread(target=beat, name="fcache-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class _Stop(Exception):
+    """Another worker failed, or the user interrupted: what is open is dropped."""
+
+
+@dataclass
+class _Run:
+    """One copy at work."""
+
+    here: Storage
+    there: Storage
+    manifest: Manifest
+    claims: Claims
+    plan: CopyPlan
+    report: Callable[[CopyProgress], None] | None
+    parts: int = 0
+    bytes: int = 0
+    busy: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    done: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def do(self, jobs: Sequence[Job]) -> None:
+        """Copies shards, some at once; the first error of the target ends all."""
+        with ThreadPoolExecutor(WORKERS, "fcache-copy") as pool:
+            futures = [pool.submit(self._shard, job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _shard(self, job: Job) -> None:
+        group, index = job.group.path, job.shard.index
+        if self.stop.is_set():
+            return
+        if not self.claims.acquire(group, index):
+            self._tell(len(job.parts), 0, busy=len(job.parts))
+            return
+        try:
+            for part in job.parts:
+                try:
+                    self._part(job, part)
+                    self._tell(1, 0, parts=1)
+                except (CorruptError, FileNotFoundError) as e:
+                    with self.lock:
+                        self.faults.append(Fault(group, part, index, "corrupt", str(e)))
+                    self._tell(1, 0)
+        except _Stop:
+            return
+        finally:
+            self.claims.release(group, index)
+
+    def _part(self, job: Job, part: str) -> None:
+        """Copies the files of one part of one shard, then its commit. Raises CorruptError if the source is damaged."""
+        name = commit_path(job.group.path, part, job.shard.index)
+        data = self.here.read(name)
+        commit = parse_commit(self.here, name, data)
+        check_fits(job.group, part, job.shard, commit)
+        files: list[NewFile] = []
+        try:
+            for file, (size, sha) in commit.files.items():
+                files.append(self.there.new_file(file))
+                self._file(file, size, sha, files[-1])
+            # A commit of other content would vouch for the new files; without it, the shard is pending.
+            self.there.remove(name)
+            for file in files:
+                file.publish()
+        finally:
+            for file in files:
+                file.discard()
+        self.there.write(name, data)
+
+    def _file(self, name: str, size: int, sha: str, new: NewFile) -> None:
+        found = self.here.size(name)
+        if found != size:
+            raise CorruptError(f"{name} has {found} bytes, its commit says {size}")
+        digest, buffer = hashlib.sha256(), np.empty(min(size, PIECES * PIECE_BYTES), np.uint8)
+        for start in range(0, size, PIECES * PIECE_BYTES):
+            if self.stop.is_set():
+                raise _Stop
+            length = min(len(buffer), size - start)
+            pieces = range(0, length, PIECE_BYTES)
+            self.here.read_ranges([(name, start + p, buffer[p : min(p + PIECE_BYTES, length)]) for p in pieces])
+            digest.update(buffer[:length].data)
+            new.write(buffer[:length].data)
+            self._tell(0, length)
+        if digest.hexdigest() != sha:
+            raise CorruptError(f"{name} does not hold what its commit says (SHA-256 differs)")
+        new.close()
+
+    def _tell(self, done: int, length: int, *, parts: int = 0, busy: int = 0) -> None:
+        with self.lock:
+            self.done, self.bytes = self.done + done, self.bytes + length
+            self.parts, self.busy = self.parts + parts, self.busy + busy
+            progress = CopyProgress(self.done, self.plan.copy, self.bytes, self.plan.bytes)
+            if self.report is not None:
+                self.report(progress)

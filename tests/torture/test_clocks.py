@@ -1,0 +1,202 @@
+"""Clocks that are wrong, that jump, and processes that sleep for longer than a claim lasts: equal bytes at the end."""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from cachebuilder import group, manifest, write_pending, write_shard
+
+from fcache.cache_spec import CacheWriter, open_writer, verify
+from fcache.extractor import Job, engine, extract
+from fcache.extractor.scenes import write_scenes
+from tests.torture.caches import contents
+from tests.torture.children import CONTEXT, run_child
+
+HOUR = 3600.0
+KINDS = ("semantic",)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clocks") / "data"
+    write_scenes(root, train=16, val=4, size=(48, 64))
+    return Job(
+        model="mobilenetv2_050", dataset="ade20k", root=root, cache=root.parent / "whole", weights="random:0", views=2,
+        view_recipe="ade20k-small", input_size=(32, 32), shard_records=2, batch_size=1, workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(job):
+    extract(job, report=lambda _: None)
+    return contents(job.cache)
+
+
+def shift_clock(seconds, jumping):
+    """From now on the wall clock of this process is wrong, by the same or by ever other amounts; files keep theirs."""
+    true, choose = time.time, random.Random(os.getpid())
+    time.time = lambda: true() + (choose.uniform(-seconds, seconds) if jumping else seconds)
+
+
+def extract_at(job, seconds, jumping, claims):
+    torch.set_num_threads(1)
+    shift_clock(seconds, jumping)
+    if claims:
+        short_claims(*claims)
+    extract(job, report=lambda _: time.sleep(0.01))
+
+
+def short_claims(stale, heartbeat):
+    """Claims of this process last a moment instead of minutes."""
+    begin = CacheWriter.__init__
+
+    def begun(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.claims.stale_seconds = stale
+
+    CacheWriter.__init__ = begun
+    engine.HEARTBEAT_SECONDS = heartbeat
+    engine.POLL_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def touched_at_random(root, choose):
+    """Somebody sets the times of claims, locks and temporary files to hours ago and hours ahead."""
+    done, touched = threading.Event(), Counter()
+
+    def touch():
+        while not done.wait(0.01):
+            for path in (*root.glob("claims/*/*"), root / "lock", *root.glob("partial/*")):
+                then = time.time() + choose.choice((-30 * 24, -6, -1, 1, 6, 30 * 24)) * HOUR
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path, (then, then))
+                    touched[path.parent.parent.name] += 1
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        yield touched
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_extractors_whose_clocks_are_wrong_or_jump_make_equal_caches(job, whole, folder, rounds, record):
+    choose, counts = random.Random(8), Counter()
+    clocks = [(6 * HOUR, False), (-6 * HOUR, False), (24 * HOUR, True), (0.0, False)]
+    for number in range(rounds(1, 12)):
+        shared = replace(job, cache=folder / f"c{number}")
+        touching = bool(number % 2) or number == 0
+        with touched_at_random(shared.cache, choose) if touching else contextlib.nullcontext({}) as touched:
+            processes = [CONTEXT.Process(target=extract_at, args=(shared, *clock, None)) for clock in clocks[:3]]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(300)
+                assert process.exitcode == 0
+        assert contents(shared.cache) == whole
+        assert not verify(shared.cache, deep=True).faults
+        counts["caches"] += 1
+        counts["extractors"] += 3
+        counts["times of files changed"] += sum(touched.values())
+    record("clocks", {**counts, "differences": 0})
+
+
+def test_an_extractor_that_sleeps_longer_than_its_claim_lasts_wakes_up_harmlessly(job, whole, folder, rounds, record):
+    choose, counts = random.Random(9), Counter()
+    for number in range(rounds(1, 15)):
+        shared = replace(job, cache=folder / f"c{number}")
+        sleeper = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, (0.6, 0.1)))
+        sleeper.start()
+        wait_for = choose.randrange(1, 8)
+        deadline = time.monotonic() + 120
+        while len(list(shared.cache.glob("commits/**/*.json"))) < wait_for and sleeper.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(choose.uniform(0, 0.03))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(sleeper.pid, signal.SIGSTOP)
+        asleep = sleeper.is_alive()
+        held = len(list(shared.cache.glob("claims/*/*")))
+        other = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, (0.6, 0.1)))
+        other.start()
+        other.join(300)
+        assert other.exitcode == 0
+        # Everything is done, by the other one alone, while the first one sleeps in the middle of something.
+        assert not verify(shared.cache, deep=True).faults
+        done = {p: p.stat().st_mtime_ns for p in shared.cache.glob("commits/**/*.json")}
+        os.kill(sleeper.pid, signal.SIGCONT)
+        sleeper.join(300)
+        assert sleeper.exitcode == 0
+        assert contents(shared.cache) == whole
+        counts["slept"] += asleep
+        counts["claims taken from a sleeper"] += held if asleep else 0
+        again = sum(p.stat().st_mtime_ns != when for p, when in done.items())
+        counts["parts written again, with equal bytes, by a sleeper"] += again
+    assert counts["claims taken from a sleeper"]
+    record("sleepers", {**counts, "differences": 0})
+
+
+def wanted():
+    return manifest(group(samples=6, views=2, shard_records=1), kinds=KINDS)
+
+
+def write_with_sleep(root, step):
+    """Stops in the middle of writing, as if suspended, and goes on when told."""
+    writer = open_writer(root, wanted())
+    for shard in writer.pending():
+        if writer.claims.acquire(shard.group, shard.index):
+            for part in writer.manifest.parts():
+                if step == (shard.index, part):
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if shard in writer.pending(part):
+                    write_shard(writer, shard, part)
+            writer.claims.release(shard.group, shard.index)
+    write_pending(writer)
+    writer.finish()
+
+
+def test_a_writer_that_sleeps_through_the_growth_of_its_cache_touches_nothing_new(folder):
+    """While it sleeps another finishes its shards and adds samples; what it then writes is what is there already."""
+    for number, step in enumerate([(0, "features"), (3, "semantic"), (11, "features")]):
+        root, grown = folder / f"{number}", folder / f"{number}-grown"
+        more = manifest(group(samples=9, views=2, shard_records=1), kinds=KINDS)
+        for where in (grown, root):
+            sleeper = None
+            if where is root:
+                sleeper = CONTEXT.Process(target=write_with_sleep, args=(root, step))
+                sleeper.start()
+                while _state(sleeper.pid) != "T":
+                    assert sleeper.is_alive()
+                    time.sleep(0.005)
+            for wish in (wanted(), more):
+                writer = open_writer(where, wish)
+                writer.claims.stale_seconds = 0.05
+                write_pending(writer)
+            writer.finish()
+            if sleeper is not None:
+                os.kill(sleeper.pid, signal.SIGCONT)
+                sleeper.join(120)
+                assert sleeper.exitcode == 0
+        assert contents(root) == contents(grown)
+        assert not verify(root, deep=True).faults
+
+
+def _state(pid):
+    with open(f"/proc/{pid}/stat") as f:
+        return f.read().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_cache_made_at_a_wrong_time_differs_in_nothing_but_the_time(job, whole, folder):
+    for number, seconds in enumerate((-1.7e9, 400 * 24 * HOUR)):
+        shared = replace(job, cache=folder / f"c{number}")
+        ended = run_child(extract_at, shared, seconds, False, None)
+        assert ended.status == 0, ended.error
+        assert contents(shared.cache) == whole
