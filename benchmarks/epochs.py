@@ -1,6 +1,6 @@
 """How much of an epoch a training waits for data, when it computes for a given time a batch.
 
-    python benchmarks/epochs.py [--records 256] [--epochs 3]
+    python benchmarks/epochs.py [--records 192] [--epochs 3]
 
 Every loader is first run alone: the mean time between its batches, after the first, is its read time. Then the main
 thread computes for 0.5, 1 and 2 times that after each batch, and once for as long as fcache's read time, the same for
@@ -24,6 +24,8 @@ from storage.workload import Workload
 
 OURS = "fcache, 2 threads"
 SHARES = (0.5, 1.0, 2.0)
+# A fast loader ends a small epoch in some ten milliseconds.
+LEAST_SECONDS = 0.5
 COLUMNS = {
     "read, ms a batch": "{read_ms:.1f}",
     "wait at 0.5": "{wait_0_5:.1%}",
@@ -37,7 +39,7 @@ COLD = {"read, ms a batch": "{read_ms:.1f}", "wait at 1": "{wait_1:.1%}", "wait 
 
 
 def main() -> None:
-    args = arguments(__doc__, records=256, epochs=3)
+    args = arguments(__doc__, records=192, epochs=3)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
     with workplace(args.folder) as work:
@@ -79,27 +81,33 @@ def cold(folder: Path, workload: Workload, epochs: int) -> dict[str, Row]:
             # Opened anew: pages that a reader has mapped cannot leave memory.
             return LOADERS[name].open(folder, workload)(number)
 
-        read = statistics.median(run(epoch, r, 0.0, with_torch)[2] for r in range(epochs))
+        read = several(epoch, epochs, 0.0, with_torch)[2]
         rows[name] = {"read_ms": read * 1e3}
-        for share in (1, 2):
-            waits = [run(epoch, r, share * read, with_torch)[0] for r in range(epochs)]
-            rows[name][f"wait_{share}"] = statistics.median(waits)
+        rows[name] |= {f"wait_{n}": several(epoch, epochs, n * read, with_torch)[0] for n in (1, 2)}
     return rows
 
 
 def one(epoch: Epoch, epochs: int, same: float) -> Row:
     """The row of a loader; `same` are seconds that every loader's consumer computes for, once they are known."""
-    read = statistics.median(run(epoch, r, 0.0, with_torch)[2] for r in range(epochs))
+    read = several(epoch, epochs, 0.0, with_torch)[2]
     row: Row = {"read_ms": read * 1e3}
     for name, seconds, compute in (
         *((f"wait_{share:g}".replace(".", "_"), share * read, with_torch) for share in SHARES),
         ("wait_python", read, in_python),
         *([("wait_same", same, with_torch)] if same else []),
     ):
-        found = [run(epoch, r, seconds, compute) for r in range(epochs)]
-        row[name] = statistics.median(share for share, _, _ in found)
-        row.setdefault("first_ms", statistics.median(first for _, first, _ in found) * 1e3)
+        row[name], first, _ = several(epoch, epochs, seconds, compute)
+        row.setdefault("first_ms", first * 1e3)
     return row
+
+
+def several(epoch: Epoch, epochs: int, seconds: float, compute: Callable[[float], None]) -> tuple[float, float, float]:
+    """The medians of `run` over `epochs` epochs, or over more while they take less than `LEAST_SECONDS`."""
+    found, started = [], time.perf_counter()
+    while len(found) < epochs or time.perf_counter() - started < LEAST_SECONDS:
+        found.append(run(epoch, len(found), seconds, compute))
+    share, first, mean = (statistics.median(values) for values in zip(*found, strict=True))
+    return share, first, mean
 
 
 def run(epoch: Epoch, number: int, seconds: float, compute: Callable[[float], None]) -> tuple[float, float, float]:

@@ -7,8 +7,11 @@ copied record by record from one flat file into preallocated buffers; int8 with 
 the same frames into preallocated buffers; int8 decoded by the reader's threads, against numpy in a plain loop.
 A limit has the calling thread alone. fcache copies in 1 or 2 threads, and in the calling thread while that would only
 wait, so that it may pass the limit; the limit with two threads is a row of its own. Every variant is compared bit for
-bit, then timed between rounds of the limit. A peer that is not installed is left out (`pip install fcache[bench]`). CPU
-seconds count all threads.
+bit, then timed between rounds of the limit. CPU seconds count all threads.
+
+A peer that is not installed is left out. `pip install 'fcache[bench]'` installs all but MosaicML Streaming, which asks
+for an older numpy than it needs: `pip install --no-deps mosaicml-streaming brotli python-snappy cramjam zstd xxhash
+catalogue`.
 """
 
 import os
@@ -57,23 +60,38 @@ def measure(work: Path, workload: Workload, rounds: int) -> dict:
         ("int8, decoded to fp16", int8, "fp16"),
         ("int8, decoded to fp32", int8, "fp32"),
     ):
-        rows[title] = one_table(work, kind, decode, rounds)
-        shutil.rmtree(work / "cache")
-        (work / "flat.bin").unlink()
+        rows[title] = one_table(stores(work, kind), kind, decode, rounds)
+        if kind == workload:
+            # The largest; the others share theirs.
+            shutil.rmtree(stores(work, kind))
     return {
         "what": f"Shuffled batches of {workload.batch} of {workload.records} records, warm, as torch tensors.",
         "rows": rows,
     }
 
 
+def stores(work: Path, workload: Workload) -> Path:
+    """A folder with the cache and the flat file of a workload, made if it is not there yet."""
+    folder = work / f"{workload.encoding}-{workload.compression}"
+    if not folder.exists():
+        folder.mkdir()
+        same = list(work.glob(f"{workload.encoding}-*/flat.bin"))
+        if same:
+            os.link(same[0], folder / "flat.bin")
+        else:
+            workload.write_flat(folder / "flat.bin")
+        workload.write_cache(folder / "cache", workload.flat(folder / "flat.bin"))
+        # What is not yet written would be written while something is timed.
+        os.sync()
+    return folder
+
+
 def one_table(work: Path, workload: Workload, decode: str | None, rounds: int) -> dict[str, Row]:
-    """The rows of one table: the limit, the same in two threads, fcache, and the peers for fp16."""
-    flat = work / "flat.bin"
-    workload.write_flat(flat)
-    source = workload.flat(flat)
-    workload.write_cache(work / "cache", source)
-    # What is not yet written would be written while something is timed.
-    os.sync()
+    """The rows of one table: the limit, the same in two threads, fcache, and the peers for fp16.
+
+    `work` is the folder of `stores`; with `decode` the reader decodes to it.
+    """
+    source = workload.flat(work / "flat.bin")
     truth = workload.decode(source, decode) if decode else source
     name, make = "np.memmap, copied", copy_limit
     if decode:

@@ -29,11 +29,14 @@ def arguments(text: str, **defaults: int) -> argparse.Namespace:
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """A new folder in `folder`, removed at the end."""
+    """A new folder in `folder`, removed at the end, with the temporary files that peers leave behind."""
     work = Path(tempfile.mkdtemp(prefix="fcache-benchmark-", dir=folder))
+    (work / "temporary").mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(work / "temporary")
     try:
         yield work
     finally:
+        tempfile.tempdir = before
         shutil.rmtree(work)
 
 

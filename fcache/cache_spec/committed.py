@@ -52,8 +52,10 @@ class Committed:
         return self.contents[shard].tobytes().hex()
 
 
-def gather(manifest: Manifest, group: Group, part: str, commits: Iterable[Commit], url: str) -> Committed:
-    """What these commits of a part of a group say, of which none is kept.
+def gather(
+    manifest: Manifest, group: Group, part: str, commits: Iterable[Commit], *, tables: str, url: str
+) -> Committed:
+    """What these commits of a part of a group say, of which none is kept; `tables` digests the cache's fitted tables.
 
     Raises IncompatibleError for features of other settings, CorruptError for a commit that does not fit the manifest.
     """
@@ -77,6 +79,11 @@ def gather(manifest: Manifest, group: Group, part: str, commits: Iterable[Commit
         # A cache that grew after this reader read its manifest has more shards than the manifest says.
         if c.key != wanted or c.shard not in shards:
             continue
+        if part == FEATURES and c.tables != tables:
+            raise CorruptError(
+                f"{url}: shard {c.shard} of {group.path!r} was coded with other tables ({c.tables[:12]!r}) than the "
+                f"cache has ({tables[:12]!r}); run `fcache repair`"
+            )
         if not c.fits(shards[c.shard], group.ids):
             raise CorruptError(f"{url}: commit {c.shard} of {group.path!r} ({part}) does not fit the manifest")
         place = slice(32 * c.shard, 32 * c.shard + 32)

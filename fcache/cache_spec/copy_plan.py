@@ -13,6 +13,8 @@ from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arra
 from fcache.cache_spec.shardfile import shard_key
 from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import check_identity, is_cache, read_manifest
+from fcache.cache_spec.tables import COMMIT as TABLES
+from fcache.cache_spec.tables import table_files
 from fcache.cache_spec.verify import Fault
 
 
@@ -53,6 +55,7 @@ def opened(
     if splits is not None:
         manifest = replace(manifest, groups=tuple(g for name in splits for g in manifest.split(name)))
     merged(manifest, there)
+    check_tables(here, there, manifest)
     return here, there, manifest
 
 
@@ -91,6 +94,17 @@ def merged(manifest: Manifest, there: Storage) -> Manifest:
                 "encoding); choose another target"
             )
     return replace(found, targets=tuple(targets.values()), groups=tuple(groups.values()))
+
+
+def check_tables(here: Storage, there: Storage, manifest: Manifest) -> None:
+    """Raises IncompatibleError if the target has other fitted tables: codes mean nothing without their own."""
+    if not table_files(here, manifest):
+        return
+    with suppress(FileNotFoundError):
+        if there.read(TABLES) != here.read(TABLES):
+            raise IncompatibleError(
+                f"{there.url} has other fitted tables ({TABLES}) than {here.url}; choose another target"
+            )
 
 
 def _starts(one: Group, other: Group) -> bool:

@@ -13,11 +13,13 @@ import numpy as np
 from fcache.cache_spec.claims import STALE_SECONDS, Claims
 from fcache.cache_spec.commits import _parse as parse_commit  # pyright: ignore[reportPrivateUsage]
 from fcache.cache_spec.commits import commit_path
-from fcache.cache_spec.copy_plan import CopyPlan, Job, check_fits, merged, opened, plan_shards
+from fcache.cache_spec.copy_plan import CopyPlan, Job, check_fits, check_tables, merged, opened, plan_shards
 from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
 from fcache.cache_spec.layout import Manifest
 from fcache.cache_spec.storage import NewFile, Storage
 from fcache.cache_spec.store import _write as write_manifest  # pyright: ignore[reportPrivateUsage]
+from fcache.cache_spec.tables import COMMIT as TABLES
+from fcache.cache_spec.tables import table_files
 from fcache.cache_spec.verify import Fault
 
 WORKERS = 4
@@ -68,8 +70,8 @@ def copy_cache(
 
     The manifest comes first, so that a copy that was interrupted is a cache with pending shards. Every file is compared
     with the digest in its commit on the way; a shard that is damaged is left out. `splits` names those to copy (None:
-    all). Raises IncompatibleError if the target is a cache of another identity or layout, NoSpaceError if it has no
-    room.
+    all). Raises IncompatibleError if the target is a cache of another identity or layout, or has other fitted tables,
+    NoSpaceError if it has no room, CorruptError if the source's manifest or tables are damaged.
     """
     here, there, manifest = opened(source, target, splits)
     jobs, plan = plan_shards(here, there, manifest)
@@ -82,6 +84,7 @@ def copy_cache(
     claims = Claims(there)
     with claims.lock():
         write_manifest(there, merged(manifest, there), claims)
+        _copy_tables(here, there, manifest)
     run = _Run(here, there, manifest, claims, plan, report)
     with _heartbeat(claims):
         try:
@@ -93,6 +96,23 @@ def copy_cache(
         run.parts, run.bytes, plan.skip, plan.missing, run.busy,
         tuple(sorted((*plan.faults, *run.faults), key=lambda f: (f.group, f.part, f.shard))),
     )  # fmt: skip
+
+
+def _copy_tables(here: Storage, there: Storage, manifest: Manifest) -> None:
+    """Fitted tables come before any shard, as in an extraction. Raises CorruptError if the source's are damaged."""
+    check_tables(here, there, manifest)
+    files = table_files(here, manifest)
+    if not files or TABLES.rpartition("/")[2] in there.names("commits"):
+        return
+    try:
+        found = dict(zip(files, here.read_many(list(files)), strict=True))
+    except FileNotFoundError as e:
+        raise CorruptError(f"{e} is missing, {TABLES} names it; restore it from a copy") from None
+    for name, data in found.items():
+        if files[name] != (len(data), hashlib.sha256(data).hexdigest()):
+            raise CorruptError(f"{here.url}/{name} does not hold what {TABLES} says; restore it from a copy")
+        there.write(name, data)
+    there.write(TABLES, here.read(TABLES))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BLOCKED = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 # Another host's processes cannot be asked; nothing that is being written rests for a day.
 ORPHAN_SECONDS = 86400.0
@@ -38,6 +39,8 @@ def explained(path: Path) -> Generator[None]:
             ) from e
         if e.errno in REFUSED:
             raise DataError(f"cannot write {path}: {e.strerror}; choose a writable --cache or fix permissions") from e
+        if e.errno in SCARCE:
+            raise DataError(f"cannot write {path}: {_scarce(e)}") from e
         if e.errno in BLOCKED:
             raise DataError(f"cannot write {e.filename or path}: {e.strerror}; move what is there away") from e
         raise
@@ -70,6 +73,11 @@ def read_file(path: Path | str) -> bytes:
         raise unreadable(path, e) from e
 
 
+def _scarce(e: OSError) -> str:
+    what = "memory (`ulimit -v`)" if e.errno == errno.ENOMEM else "open files (`ulimit -n`)"
+    return f"{e.strerror}; raise the limit of {what}"
+
+
 def write_all(file: FileIO, data: bytes | memoryview) -> None:
     """Writes every byte: an unbuffered file may take fewer at a time."""
     left = memoryview(data)
@@ -92,8 +100,8 @@ def unreadable(path: Path | str, e: OSError) -> DataError | CorruptError:
     """The error for a file of a cache that is there but cannot be read."""
     if e.errno in REFUSED:
         return DataError(f"cannot read {path}: {e.strerror}; fix its permissions")
-    if e.errno in (errno.EMFILE, errno.ENFILE):
-        return DataError(f"cannot read {path}: {e.strerror}; raise the limit of open files (`ulimit -n`)")
+    if e.errno in SCARCE:
+        return DataError(f"cannot read {path}: {_scarce(e)}")
     return CorruptError(f"{path} cannot be read: {e.strerror}")
 
 

@@ -18,6 +18,8 @@ from fcache.cache_spec.view import View
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 Buffers = dict[str, np.ndarray]
 Frame = tuple[tuple[str, ...], tuple[View, ...], tuple[int, ...]]
+# Pixels of an image: more than most decoders take, and fewer than a map of labels that fills the memory.
+LARGEST_IMAGE = 1 << 30
 
 
 class Filler(Protocol):
@@ -155,7 +157,7 @@ class GroupFiller:
         samples, views = self.records.samples[rows].tolist(), self.records.views[rows].tolist()
         self._check("index/sample", index["index/sample"].tolist(), samples)
         self._check("index/view", index["index/view"].tolist(), views)
-        return tuple(group.ids[i] for i in samples), _views(group.canvas, index), tuple(views)
+        return tuple(group.ids[i] for i in samples), _views(group.path, group.canvas, index), tuple(views)
 
     def _check(self, name: str, found: list[int], expected: list[int]) -> None:
         if found != expected:
@@ -205,9 +207,16 @@ def buffer(buffers: Buffers, name: str, shape: tuple[int, ...], dtype: np.dtype[
     return buffers[name]
 
 
-def _views(canvas: tuple[int, int], index: Mapping[str, np.ndarray]) -> tuple[View, ...]:
-    """The views of some records from their index arrays."""
-    matrices = index["index/to_view"].reshape(-1, 6).tolist()
+def _views(group: str, canvas: tuple[int, int], index: Mapping[str, np.ndarray]) -> tuple[View, ...]:
+    """The views of some records from their index arrays. Raises CorruptError for sizes that no image has."""
+    matrices, images = index["index/to_view"].reshape(-1, 6), index["index/image_size"]
+    valid = index["index/valid_size"]
+    fits = ((valid >= 1) & (valid <= canvas)).all() and (images >= 1).all() and np.isfinite(matrices).all()
+    if not fits or images.prod(axis=1, dtype=np.int64).max() > LARGEST_IMAGE:
+        raise CorruptError(
+            f"{group}/index holds what cannot be: valid sizes {valid.tolist()} of the canvas {canvas}, image sizes "
+            f"{images.tolist()}, matrices {matrices.tolist()}; run `fcache verify --deep`"
+        )
     frames = index["index/frames"].tolist() if "index/frames" in index else [()] * len(matrices)
-    rows = zip(matrices, index["index/valid_size"].tolist(), index["index/image_size"].tolist(), frames, strict=True)
-    return tuple(View(tuple(m), canvas, tuple(valid), tuple(size), tuple(numbers)) for m, valid, size, numbers in rows)
+    rows = zip(matrices.tolist(), valid.tolist(), images.tolist(), frames, strict=True)
+    return tuple(View(tuple(m), canvas, tuple(size), tuple(image), tuple(numbers)) for m, size, image, numbers in rows)

@@ -147,7 +147,8 @@ class Group:
                     attributes = {"dims": level.dims, "stride": level.stride, "encoding": self.encoding}
                     if self.encoding == "bf16":
                         attributes["fcache_dtype"] = "bfloat16"
-                compression = self.compression if part.layout == "sharded" else "none"
+                # Some codes are made to be compressed, whatever the layout of the others.
+                compression = (part.compression or self.compression) if part.layout == "sharded" else "none"
                 arrays.append(
                     ArraySpec(
                         level.name + part.suffix, part.dtype, part.shape, part.fill, part.layout, compression,
@@ -226,9 +227,13 @@ def part_arrays(group: Group, part: str) -> dict[str, ArraySpec]:
 
 
 def record_bytes(levels: tuple[LevelSpec, ...], encoding: str) -> int:
-    """Stored bytes of the features of one record, uncompressed."""
-    parts = [p for level in levels for p in find_encoding(encoding).parts(level)]
-    return sum(ArraySpec(p.suffix, p.dtype, p.shape).record_bytes for p in parts)
+    """Stored bytes of the features of one record; what is made to be compressed counts half a byte a value at most."""
+    found = 0
+    for level in levels:
+        for part in find_encoding(encoding).parts(level):
+            size = ArraySpec(part.suffix, part.dtype, part.shape).record_bytes
+            found += size if part.compression is None else min(size, (math.prod(level.shape) + 1) // 2)
+    return found
 
 
 def choose_shard_records(num_samples: int, bytes_per_record: int) -> int:

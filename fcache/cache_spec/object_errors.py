@@ -44,13 +44,18 @@ def is_refused(error: Exception) -> bool:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether the connection failed before an answer was whole: nobody knows if the request was done."""
-    return isinstance(error, GenericError) and not _status(str(error)) and "HTTP error" in str(error)
+    """Whether the connection failed before an answer was whole, and obstore has not repeated it as often as it may."""
+    text = str(error)
+    if "NoSuchUpload" in text:
+        # What ends an upload was done, and when asked again the store knows of none.
+        return True
+    unanswered = isinstance(error, GenericError) and not _status(text) and "HTTP error" in text
+    return unanswered and not re.search(r"after (\d+) retries, max_retries: \1\b", text)
 
 
 def is_unknown(error: Exception) -> bool:
-    """Whether nobody knows if a write was done: as `is_lost`, or the server said that it failed."""
-    return is_lost(error) or (isinstance(error, GenericError) and _status(str(error)).startswith("5"))
+    """Whether nobody knows if a write was done: no answer came, or one that says that the server failed."""
+    return isinstance(error, GenericError) and not _status(str(error)).startswith(("3", "4"))
 
 
 def is_past_the_end(error: Exception) -> bool:

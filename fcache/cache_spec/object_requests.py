@@ -15,8 +15,10 @@ import obstore
 from fcache.cache_spec.errors import DataError, SpecError
 from fcache.cache_spec.object_errors import explained, is_lost, is_past_the_end, is_refused, is_unknown
 
-# Waits of 0.1 s that double up to 15 s, with jitter: an outage of a good half minute is bridged.
+# Pauses double from the first to the last, with jitter.
 RETRIES = 10
+FIRST_PAUSE = 0.1
+LAST_PAUSE = 15.0
 RETRY_SECONDS = 180.0
 # Pieces of an upload, four at a time: 40 MB of memory a file. A store takes at most 10,000 of them.
 PART_BYTES = 8 << 20
@@ -53,16 +55,16 @@ class Requests:
     def get(self, name: str) -> tuple[bytes, Any]:
         """A whole object, and its version for `put_if`."""
         with explained(self.url, checked(name)):
-            found = obstore.get(self.store, name)
-            data = found.bytes().to_bytes()
+            data, meta = self._again(lambda: _whole(obstore.get(self.store, name)))
         self._count(reads=1, read_bytes=len(data))
-        return data, {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key] is not None}
+        return data, {key: meta[key] for key in ("e_tag", "version") if meta[key] is not None}
 
     def get_range(self, name: str, offset: int, length: int) -> memoryview:
         """Bytes from `offset` on, fewer than `length` if the object ends before."""
         with explained(self.url, checked(name)):
             try:
-                data = memoryview(obstore.get_range(self.store, name, start=offset, length=length))
+                found = self._again(lambda: obstore.get_range(self.store, name, start=offset, length=length))
+                data = memoryview(found)
             except Exception as e:
                 if not is_past_the_end(e):
                     raise
@@ -74,7 +76,7 @@ class Requests:
         """Size, time and version of an object, as obstore names them."""
         self._count(looks=1)
         with explained(self.url, checked(name)):
-            return obstore.head(self.store, name)
+            return self._again(lambda: obstore.head(self.store, name))
 
     def list_folder(self, folder: str) -> list[str]:
         """The paths of the objects right inside a folder."""
@@ -112,7 +114,7 @@ class Requests:
     def put(self, name: str, data: bytes) -> None:
         """Writes a small object, whole."""
         with explained(self.url, checked(name)):
-            obstore.put(self.store, name, data, use_multipart=False)
+            self._again(lambda: obstore.put(self.store, name, data, use_multipart=False))
         self._count(writes=1, written_bytes=len(data))
 
     def put_if(self, name: str, data: bytes, mode: Any) -> bool:
@@ -135,7 +137,7 @@ class Requests:
                 if not (is_refused(e) or is_unknown(e)):
                     raise
                 with suppress(FileNotFoundError):
-                    found: Any = obstore.get(self.store, name).attributes
+                    found: Any = self._again(lambda: obstore.get(self.store, name).attributes)
                     if found.get(MARK) == mark:
                         return True
                 if is_unknown(e):
@@ -145,12 +147,16 @@ class Requests:
     def upload(self, name: str, file: FileIO) -> None:
         """Writes an object from a file, in pieces if it is large; nobody sees it before it is whole."""
         size = file.seek(0, 2)
-        file.seek(0)
         part = max(PART_BYTES, -(-size // MAX_PARTS))
-        with explained(self.url, checked(name)):
+
+        def put() -> None:
+            file.seek(0)
             obstore.put(
                 self.store, name, file, use_multipart=size > part, chunk_size=part, max_concurrency=PARTS_IN_FLIGHT
             )
+
+        with explained(self.url, checked(name)):
+            self._again(put)
         self._count(writes=1, written_bytes=size)
         found = self.head(name)["size"]
         if found != size:
@@ -165,8 +171,8 @@ class Requests:
             self._again(lambda: obstore.delete(self.store, name))
 
     def _again(self, request: Callable[[], T]) -> T:
-        """Repeats what may be done twice while its answer is lost; obstore itself repeats all other requests."""
-        pause, until = 0.1, time.monotonic() + RETRY_SECONDS
+        """Repeats a request while its answer is lost where obstore does not: all of them may be done twice."""
+        pause, until = FIRST_PAUSE, time.monotonic() + RETRY_SECONDS
         for _ in range(self._retries):
             try:
                 return request()
@@ -174,13 +180,17 @@ class Requests:
                 if not is_lost(e) or time.monotonic() > until:
                     raise
             time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, 15.0)
+            pause = min(2 * pause, LAST_PAUSE)
         return request()
 
     def _count(self, **more: int) -> None:
         with self._lock:
             for name, n in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + n)
+
+
+def _whole(found: Any) -> tuple[bytes, Any]:
+    return found.bytes().to_bytes(), found.meta
 
 
 def checked(name: str) -> str:

@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 from fcache.cache_spec.object_errors import explained
 from fcache.cache_spec.object_files import ObjectFile
-from fcache.cache_spec.object_requests import RETRIES, RETRY_SECONDS, Counts, Requests, checked
+from fcache.cache_spec.object_requests import FIRST_PAUSE, LAST_PAUSE, RETRIES, RETRY_SECONDS, Counts, Requests, checked
 
 SCHEMES = ("s3", "gs", "az", "memory")
 # Requests in flight of one storage: 20 ms of latency cost 0.3 ms a request.
@@ -67,7 +67,15 @@ def open_objects(url: str, *, retries: int = RETRIES) -> "ObjectStorage":
         # With options of its own, a client does not look for this one in the environment.
         "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on"),
     }
-    retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    retry: Any = {
+        "max_retries": retries,
+        "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_PAUSE),
+            "max_backoff": timedelta(seconds=LAST_PAUSE),
+            "base": 2,
+        },
+    }
     with explained(where):
         quoted = f"{parts.scheme}://{parts.netloc}/{quote(prefix)}"
         store = from_url(quoted, client_options=client, retry_config=retry)

@@ -2,64 +2,19 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 
-from fcache.cache_spec.arrays import ArraySpec
-from fcache.cache_spec.errors import CorruptError, IncompleteError
+from fcache.cache_spec.arrayfiles import ArrayFiles, check_digest, check_table, missing
+from fcache.cache_spec.errors import CorruptError, DataError
 from fcache.cache_spec.files import read_exactly, unreadable
 from fcache.cache_spec.mapping import map_file, on_disk, will_need
-from fcache.cache_spec.shardfile import ABSENT, index_size, parse_index, shard_key
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.shardfile import ABSENT, index_size, parse_index
 
 # Read at a time while a whole file is digested: it stays in the second-level cache, and hashing releases the GIL.
 DIGEST_BYTES = 1 << 19
 _ABSENT_ROW = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class ArrayFiles:
-    """The shard files of one array: `sizes` [shards] in bytes, -1 without a commit; `digests` their SHA-256.
-
-    `base` is the array's folder on this machine, "" on an object store; `slots` are the records of a shard.
-    """
-
-    storage: Storage
-    folder: str
-    base: str
-    spec: ArraySpec
-    slots: int
-    sizes: np.ndarray
-    digests: dict[int, str]
-
-    @cached_property
-    def record_bytes(self) -> int:
-        """Bytes of one uncompressed record."""
-        return self.spec.record_bytes
-
-    @cached_property
-    def word(self) -> type[np.unsignedinteger]:
-        """The widest unsigned integer of which records are made."""
-        return np.uint64 if self.record_bytes % 8 == 0 else np.uint8
-
-    def size(self, shard: int) -> int:
-        """A file's committed bytes. Raises IncompleteError without a commit."""
-        if not 0 <= shard < len(self.sizes) or self.sizes[shard] < 0:
-            where = self.base or f"{self.storage.url}/{self.folder}"
-            raise IncompleteError(f"shard {shard} of {where} is not committed; run the same `fcache extract`")
-        return int(self.sizes[shard])
-
-    def name(self, shard: int) -> str:
-        """A file's name below the cache."""
-        return f"{self.folder}/{shard_key(self.spec, shard)}"
-
-    def shown(self, shard: int) -> str:
-        """What a user calls a file: its path, or its URL."""
-        return f"{self.base or f'{self.storage.url}/{self.folder}'}/{shard_key(self.spec, shard)}"
-
-
 _NO_WORDS = np.empty((0, 0), dtype=np.uint8)
 
 
@@ -187,7 +142,7 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
     name, expected = files.shown(shard), files.size(shard)
     fd = -1
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(fd)
         if status.st_size != expected:
             raise CorruptError(f"{name} has {status.st_size} bytes, its commit says {expected}; run `fcache repair`")
@@ -198,7 +153,8 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
         index = None
         if files.spec.layout == "sharded":
             tail = index_size(files.slots)
-            index = parse_index(os.pread(fd, tail, max(0, expected - tail)), files.slots, expected, name)
+            raw = os.pread(fd, min(tail, expected), max(0, expected - tail))
+            index = parse_index(raw, files.slots, expected, name)
         else:
             check_table(files, shard)
         opened = OpenShard(files, shard, index)
@@ -206,9 +162,9 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
             try:
                 told = status.st_uid == os.geteuid() or os.access(name, os.W_OK)
                 opened.map(map_file(fd, expected), told=told)
-            except OSError:
+            except OSError as e:
                 if not fall_back:
-                    raise
+                    raise DataError(f"cannot map {name}: {e.strerror}; read it by position (mode pread)") from e
         if opened.data is None:
             opened.fd, fd = fd, -1
         return opened
@@ -219,24 +175,6 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
     finally:
         if fd >= 0:
             os.close(fd)
-
-
-def missing(name: str) -> CorruptError:
-    """The error for a committed file that is not there."""
-    return CorruptError(f"{name} is missing, its commit names it; run `fcache repair`")
-
-
-def check_table(files: ArrayFiles, shard: int) -> None:
-    """Raises CorruptError if the commit's size of a table is not that of its records."""
-    expected, found = files.slots * files.record_bytes, files.size(shard)
-    if found != expected:
-        raise CorruptError(f"{files.shown(shard)} has {found} bytes, its array has {expected}; run `fcache repair`")
-
-
-def check_digest(name: str, expected: str, found: str) -> None:
-    """Raises CorruptError if a file's SHA-256 is not the commit's."""
-    if found != expected:
-        raise CorruptError(f"{name}: its SHA-256 differs from its commit; run `fcache repair`")
 
 
 def digest_of(fd: int) -> str:

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from fcache.cache_spec.arrayfiles import ArrayFiles, check_digest, check_table, missing
 from fcache.cache_spec.held import HeldTable
-from fcache.cache_spec.opened import ArrayFiles, OpenShard, check_digest, check_table, missing
+from fcache.cache_spec.opened import OpenShard
+from fcache.cache_spec.places import Wanted
 from fcache.cache_spec.shardfile import decode_zstd, index_size, parse_index
 from fcache.cache_spec.shardpool import OpenShards
 from fcache.cache_spec.storage import Range, Storage
@@ -17,20 +19,17 @@ PIECE_BYTES = 8 << 20
 PIECES = 4
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Records of one array: the runs (shard, slot, row, count) of `rows`, uint8 [n, bytes] without compression."""
+def read_objects(pool: OpenShards, wanted: Sequence[Wanted]) -> None:
+    """Fills all of `wanted`: one range a record and array, one for records that lie in a row; small tables are held.
 
-    files: ArrayFiles
-    runs: Sequence[tuple[int, int, int, int]]
-    rows: np.ndarray
-
-
-def hold_objects(pool: OpenShards, tables: Sequence[tuple[HeldTable, ArrayFiles, np.ndarray]]) -> None:
-    """Reads the files of tables that are not held yet, of these shards [n] of each, while there is room for them.
-
-    Raises CorruptError for a file that is missing or not the committed one.
+    Raises CorruptError for an object that is missing, too short or damaged.
     """
+    _hold(pool, [(w.held, w.files, w.places.shards) for w in wanted if w.held is not None])
+    _read_records(pool, [w for w in wanted if not w.take()])
+
+
+def _hold(pool: OpenShards, tables: Sequence[tuple[HeldTable, ArrayFiles, np.ndarray]]) -> None:
+    """Reads the files of tables that are not held yet, of these shards [n] of each, while there is room for them."""
     if not any(table.lacking(shards) for table, _, shards in tables):
         return
     # Of two threads that lack the same file, the second finds it held.
@@ -47,42 +46,43 @@ def hold_objects(pool: OpenShards, tables: Sequence[tuple[HeldTable, ArrayFiles,
             table.add(shard, out)
 
 
-def read_objects(pool: OpenShards, wanted: Sequence[Wanted]) -> None:
-    """Fills the rows of all of `wanted`: one range a record and array, one for records that lie in a row.
-
-    Raises CorruptError for an object that is missing, too short or damaged.
-    """
+def _read_records(pool: OpenShards, wanted: Sequence[Wanted]) -> None:
     opened = _open(pool, wanted)
     ranges: list[Range] = []
     frames: list[tuple[str, np.ndarray, np.ndarray]] = []
     for w in wanted:
-        plain, size = w.files.spec.compression == "none", w.rows.shape[1]
-        for shard, slot, row, count in w.runs:
+        plain, rows = w.files.spec.compression == "none", w.rows()
+        for shard, slot, row, count in w.places.runs:
             file, name = opened[w.files.folder, shard], w.files.name(shard)
             if slot + count <= file.even:
-                ranges.append((name, slot * size, w.rows[row : row + count].reshape(-1)))
+                ranges.append((name, slot * rows.shape[1], rows[row : row + count].reshape(-1)))
                 continue
-            places = [file.place(slot + i) for i in range(count)]
+            places = file.places(slot, count)
             if plain:
-                ranges += [(name, offset, w.rows[row + i]) for i, (offset, _) in enumerate(places)]
+                ranges += [(name, offset, rows[row + i]) for i, (offset, _) in enumerate(places)]
                 continue
             start, end = places[0][0], places[-1][0] + places[-1][1]
-            if end - start == sum(length for _, length in places):
+            if _follow(places):
                 data = np.empty(end - start, dtype=np.uint8)
                 ranges.append((name, start, data))
                 parts = [data[offset - start :][:length] for offset, length in places]
             else:
                 parts = [np.empty(length, dtype=np.uint8) for _, length in places]
                 ranges += [(name, offset, part) for (offset, _), part in zip(places, parts, strict=True)]
-            frames += [(file.name, part, w.rows[row + i]) for i, part in enumerate(parts)]
+            frames += [(file.name, part, rows[row + i]) for i, part in enumerate(parts)]
     _read(pool.storage, ranges)
     for name, frame, out in frames:
         decode_zstd(frame, out, name)
 
 
+def _follow(places: Sequence[tuple[int, int]]) -> bool:
+    """Whether stored records lie one after another."""
+    return all(a[0] + a[1] == b[0] for a, b in pairwise(places))
+
+
 def _open(pool: OpenShards, wanted: Sequence[Wanted]) -> dict[tuple[str, int], OpenShard]:
     """The shards that are wanted, by folder and number; the indices that are not known yet are read together."""
-    keys = {(w.files.folder, run[0]): w.files for w in wanted for run in w.runs}
+    keys = {(w.files.folder, run[0]): w.files for w in wanted for run in w.places.runs}
     found: dict[tuple[str, int], OpenShard] = {}
 
     def lacking() -> list[tuple[ArrayFiles, int]]:

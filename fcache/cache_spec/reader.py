@@ -14,12 +14,14 @@ from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.block import SourceInfo
 from fcache.cache_spec.commits import each_commit
 from fcache.cache_spec.committed import Committed, gather
+from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import CorruptError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
+from fcache.cache_spec.tables import FittedTables, read_tables
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class CacheReader:
         self._committed: dict[tuple[str, str], Committed] = {}
         self._access: dict[tuple[str, str], ArrayAccess] = {}
         self._shards = OpenShards(storage, options)
+        self._fitted = FittedTables()
         self._lock = threading.RLock()
 
     @property
@@ -60,7 +63,10 @@ class CacheReader:
         with self._lock:
             if (group.path, part) not in self._committed:
                 commits = each_commit(self.storage, group.path, part)
-                self._committed[group.path, part] = gather(self.manifest, group, part, commits, self.url)
+                tables = self._tables().digest if find_encoding(group.encoding).fit is not None else ""
+                self._committed[group.path, part] = gather(
+                    self.manifest, group, part, commits, tables=tables, url=self.url
+                )
             return self._committed[group.path, part]
 
     def refresh(self) -> None:
@@ -127,8 +133,15 @@ class CacheReader:
             return self._access[key]
 
     def tables(self, group: Group) -> Mapping[str, Mapping[str, np.ndarray]]:
-        """The fitted tables of a group's encoding by level; none if it fits nothing."""
-        return {}
+        """The fitted tables of a group's encoding by level; none if it fits nothing. Raises CorruptError."""
+        return self._tables().levels if find_encoding(group.encoding).fit is not None else {}
+
+    def _tables(self) -> FittedTables:
+        with self._lock:
+            # Tables never change; only that there are none yet may.
+            if not self._fitted:
+                self._fitted = read_tables(self.storage, self.manifest)
+            return self._fitted
 
     def read(self, group: str, path: str, record: int) -> np.ndarray:
         """One record of one array ("level-4", "index/to_view", "targets/semantic/map"), cut to its count if ragged.

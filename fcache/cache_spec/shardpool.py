@@ -6,8 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from fcache.cache_spec.arrayfiles import ArrayFiles
 from fcache.cache_spec.mapping import PAGE
-from fcache.cache_spec.opened import ArrayFiles, OpenShard, open_local
+from fcache.cache_spec.opened import OpenShard, open_local
 from fcache.cache_spec.reading import ReadOptions, choose_mode
 from fcache.cache_spec.storage import Storage
 

@@ -15,6 +15,7 @@ from fcache.cache_spec.files import remove_if_empty
 from fcache.cache_spec.layout import Group, Manifest
 from fcache.cache_spec.storage import Storage, is_url, open_storage
 from fcache.cache_spec.store import ROOT, read_manifest
+from fcache.cache_spec.tables import read_tables
 from fcache.cache_spec.verify import verify
 
 DEPTH = 5
@@ -117,6 +118,9 @@ def _contains(outer: _Opened, inner: _Opened) -> bool:
         return False
     groups = {g.path: g for g in outer.manifest.groups}
     try:
+        fitted = read_tables(inner.storage, inner.manifest)
+        if fitted and fitted.digest != read_tables(outer.storage, outer.manifest).digest:
+            return False
         return all(g.path in groups and _contains_group(outer, groups[g.path], inner, g) for g in inner.manifest.groups)
     except FcacheError:
         return False

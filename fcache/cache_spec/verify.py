@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from fcache.cache_spec.commits import Commit, commit_path, find_commit
-from fcache.cache_spec.errors import CorruptError, DataError
+from fcache.cache_spec.encodings import find_encoding
+from fcache.cache_spec.errors import CorruptError, DataError, IncompatibleError
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
 from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import GROUP_NODE, ROOT, read_manifest, zarr_nodes
+from fcache.cache_spec.tables import read_tables, table_files
 
 CHUNK = 1 << 22
 
@@ -65,10 +67,13 @@ def verify(
         for names in (group.ids, group.digests):
             names.check()
     jobs = [(g, part, s) for g in manifest.groups for part in manifest.parts() for s in g.shards()]
-    faults = [*_metadata_faults(storage, manifest), *_stray_commits(storage, manifest)]
+    faults, tables = _table_faults(storage, manifest)
+    faults += [*_metadata_faults(storage, manifest), *_stray_commits(storage, manifest)]
     committed, size = 0, 0
     with ThreadPoolExecutor(2) as pool:
-        checks = pool.map(lambda job: _check(storage, *job, key=manifest.part_key(job[1]), deep=deep), jobs)
+        checks = pool.map(
+            lambda job: _check(storage, *job, key=manifest.part_key(job[1]), tables=tables, deep=deep), jobs
+        )
         for done, (commit, fault) in enumerate(checks, 1):
             if commit is not None:
                 committed += 1
@@ -111,6 +116,25 @@ def _metadata_faults(storage: Storage, manifest: Manifest) -> list[Fault]:
     return faults
 
 
+def _table_faults(storage: Storage, manifest: Manifest) -> tuple[list[Fault], str | None]:
+    """Damage of fitted tables and of their metadata, and the digest of the tables: None if they cannot be read."""
+
+    def fault(what: str) -> Fault:
+        return Fault("", FEATURES, -1, "corrupt", what)
+
+    faults: list[Fault] = []
+    try:
+        tables = read_tables(storage, manifest)
+        for name, (size, sha) in table_files(storage, manifest).items():
+            if storage.size(name) != size or sha256_of(storage, name, size) != sha:
+                faults.append(fault(f"{name} was changed (its size or digest differs)"))
+    except (CorruptError, DataError, IncompatibleError) as e:
+        return [fault(str(e))], None
+    except FileNotFoundError as e:
+        return [fault(f"{e}: a file of the fitted tables is missing")], None
+    return faults, tables.digest
+
+
 def _stray_commits(storage: Storage, manifest: Manifest) -> Iterator[Fault]:
     """Commits of shards that the manifest does not have, unless they are valid: then the cache has just grown."""
     for group in manifest.groups:
@@ -150,7 +174,7 @@ def _without(node: dict[str, Any], name: str = "") -> str:
 
 
 def _check(
-    storage: Storage, group: Group, part: str, shard: Shard, *, key: str, deep: bool
+    storage: Storage, group: Group, part: str, shard: Shard, *, key: str, tables: str | None, deep: bool
 ) -> tuple[Commit | None, Fault | None]:
     def fault(kind: str, what: str) -> Fault:
         return Fault(group.path, part, shard.index, kind, what)
@@ -161,6 +185,9 @@ def _check(
         return None, fault("corrupt", str(e))
     if commit is None:
         return None, fault("missing", "not committed")
+    wanted = tables if part == FEATURES and find_encoding(group.encoding).fit is not None else ""
+    if wanted is not None and commit.tables != wanted:
+        return commit, fault("corrupt", "it was coded with other fitted tables than the cache has")
     if commit.key != key:
         return None, fault(
             "missing", "committed for other targets" if part != FEATURES else "committed with other settings"

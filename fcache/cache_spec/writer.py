@@ -103,8 +103,11 @@ class ShardWriter:
         self._quarantined[self._group.ids[self._shard.sample + position]] = reason
         self._seen.add(position)
 
-    def commit(self, *, facts: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Commit:
-        """Publishes the files, then writes the commit record. Every record must have been appended or skipped."""
+    def commit(self, *, facts: Mapping[str, Any], fingerprint: Mapping[str, Any], tables: str = "") -> Commit:
+        """Publishes the files, then writes the commit record. Every record must have been appended or skipped.
+
+        `tables` is the digest of the fitted tables that the codes were made with.
+        """
         assert self._seen == set(range(self._shard.count)), "a shard is committed whole"
         s = self._shard
         try:
@@ -116,6 +119,7 @@ class ShardWriter:
                     group=s.group, part=self._part, shard=s.index, first=s.first, count=s.count, view=s.view,
                     ids=self._group.ids[s.sample : s.sample + s.count], key=self._key, files=files,
                     quarantined=self._quarantined, facts=facts, fingerprint=fingerprint, run=run_facts(self._started),
+                    tables=tables,
                 )  # fmt: skip
                 self._retract(commit)
                 list(pool.map(ShardFile.publish, self._files.values()))

@@ -134,6 +134,9 @@ def _report(error: Exception) -> int:
         return _fail(str(error), 1)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("fcache"):
         return _fail(f"the package {error.name} is missing; run `fcache doctor` for what to install", 1)
+    scarce = ("can't start new thread", "can't allocate memory", "out of memory")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in scarce)):
+        return _fail(f"not enough memory ({error}); nothing is lost: free some, or lower --batch-size and --workers", 1)
     traceback.print_exc()
     click.echo("fcache: error: this is a bug in fcache; please report it with the lines above", err=True)
     return 1

@@ -62,7 +62,6 @@ PACKAGES = (
 
 X86 = ("x86_64", "AMD64")
 FREE_BYTES = 20e9
-SHARED_MEMORY_BYTES = 512e6
 OPEN_FILES = 1024
 
 
@@ -172,16 +171,6 @@ def disks(path: Path) -> Iterator[Check]:
         f"{path}: {'yes' if writable else 'no'}",
         "" if writable else "reading and training work; extract to another folder with --cache",
     )
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        total = shutil.disk_usage(shared).total
-        small = total < SHARED_MEMORY_BYTES
-        yield Check(
-            "shared memory",
-            "fail" if small else "ok",
-            f"{size(total)} at {shared}",
-            "decoding workers pass images through it: start the container with --shm-size 2g" if small else "",
-        )
 
 
 def limits() -> Iterator[Check]:

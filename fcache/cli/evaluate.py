@@ -57,7 +57,10 @@ def command(
     found: dict[str, tuple[Run, Scored]] = {}
     with Progress() as progress:
         for path, members in groups.items():
-            source = live_source(members[0], weights, data_root, device) if live else stored_source(path, members)
+            if live:
+                source = live_source(members[0], weights, data_root, device)
+            else:
+                source = stored_source(path, members, device)
             for run in members:
                 check_source(run, source)
             heads = [load_head(run, device=device) for run in members]
@@ -95,10 +98,10 @@ def as_data(run: "Run", scored: "Scored") -> dict[str, Any]:
     }
 
 
-def stored_source(path: str, runs: "list[Run]") -> "BlockSource":
+def stored_source(path: str, runs: "list[Run]", device: str) -> "BlockSource":
     """The evaluation split of the runs' cache. Raises SpecError if it has none, or no cache is known."""
     from fcache.cache_spec import SpecError, StreamConfig, open_cache
-    from fcache.cli.train_head import evaluation_source, split_of
+    from fcache.cli.train_head import decoded_for, evaluation_source, split_of
 
     if not path:
         raise SpecError(f"{runs[0].folder} does not say where its cache is; name it with --cache")
@@ -109,7 +112,8 @@ def stored_source(path: str, runs: "list[Run]") -> "BlockSource":
     levels = tuple(dict.fromkeys(level.name for run in runs for level in run.levels))
     kinds = tuple(dict.fromkeys(target.kind for run in runs for target in run.targets))
     batch = min(run.train.batch_size for run in runs)
-    return evaluation_source(reader, split, StreamConfig(batch_size=batch, levels=levels, kinds=kinds))
+    stream = StreamConfig(batch_size=batch, levels=levels, kinds=kinds, decode=decoded_for(device))
+    return evaluation_source(reader, split, stream)
 
 
 def live_source(run: "Run", weights: str | None, data_root: str | None, device: str) -> "BlockSource":

@@ -74,6 +74,12 @@ def show_plan(plan: "Plan") -> str:
         pairs.append(("time", f"{duration(plan.seconds)} at {rate:.3g} records/s on this machine"))
     text = fields(pairs) + "\n\n"
     text += table(["split", "samples", "views", "records", "to do", "shards", "input", "size"], rows)
+    if fp16 := plan.encodings.get("fp16"):
+        costs = [
+            [name, size(each), f"{fp16 / each:.1f}", size(each * plan.records)] if each else [name, "overflow", "", ""]
+            for name, each in plan.encodings.items()
+        ]
+        text += "\n\n" + table(["encoding", "a record", "x smaller than fp16", "all records"], costs)
     return text if plan.fits else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
 
 

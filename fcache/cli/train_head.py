@@ -157,6 +157,7 @@ def train_from(
         allocate=batch_buffers(device),
     )
     with Progress() as progress, stop_on_signals() as should_stop:
+        report = progress_of(progress)
         if info.random_weights:
             progress.note(f"train  the backbone's weights are RANDOM ({info.random_weights})")
         validation: BlockSource | None = None
@@ -170,13 +171,13 @@ def train_from(
                     raise
                 progress.note(f"train  nothing of split {evaluation} is committed yet: heads are not scored")
         runs = train(
-            training_source(reader, training, stream, follow=follow, resident=resident, device=device),
+            training_source(reader, training, stream, follow=follow, resident=resident, device=device, report=report),
             choices,
             config,
             out=out,
             validation=validation,
             device=device,
-            report=progress_of(progress),
+            report=report,
             should_stop=should_stop,
             resume=resume,
             recipe=recipe,
@@ -195,7 +196,14 @@ def split_of(reader: "CacheReader", role: str) -> str | None:
 
 
 def training_source(
-    reader: "CacheReader", split: str, stream: "StreamConfig", *, follow: bool, resident: str, device: str
+    reader: "CacheReader",
+    split: str,
+    stream: "StreamConfig",
+    *,
+    follow: bool,
+    resident: str,
+    device: str,
+    report: "Report",
 ) -> "BlockSource":
     """The training split: streamed, followed while it is written, or kept in memory as `resident` says.
 
@@ -205,7 +213,7 @@ def training_source(
     from fcache.heads import make_resident
 
     if not follow:
-        return make_resident(open_source(reader, split, stream), resident, device)
+        return make_resident(open_source(reader, split, stream), resident, device, report=report)
     if resident in ("ram", "device"):
         raise SpecError(f"a split that grows is not kept in memory; drop --follow or --resident {resident}")
     return follow_source(reader, split, stream)
@@ -230,7 +238,7 @@ def decoded_for(device: str) -> str | None:
 
 def progress_of(progress: "Progress") -> "Report":
     """What renders the events of training and evaluation."""
-    from fcache.cli.progress import rate
+    from fcache.cli.progress import rate, size
     from fcache.heads import events
 
     first, started, waited = 0, time.monotonic(), set[str]()
@@ -247,6 +255,8 @@ def progress_of(progress: "Progress") -> "Report":
                 done = rate(event.iteration - first, event.iterations - first, seconds, "iterations")
                 losses = "  ".join(f"{label} {loss:.4g}" for label, loss in event.losses.items())
                 progress.show(f"train  {done}  loss {losses}")
+            case events.SplitKept():
+                progress.note(f"train  split {event.split} is kept in {event.place}: {size(event.bytes)}")
             case events.Waiting():
                 say = progress.show if event.split in waited else progress.note
                 say(f"train  split {event.split}: waiting for what is not committed yet")

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcache.cache_spec import DataError, Group, find_encoding
+from fcache.cache_spec import DataError, Group, LevelSpec, find_encoding
+from fcache.cache_spec.encodings import Encoding
+
+# Tables of fitted encodings by level and name, on the device of the features.
+Tables = Mapping[str, Mapping[str, Tensor]]
+NO_TABLES: Tables = {}
 
 
 @dataclass
@@ -30,9 +35,14 @@ class LevelFacts:
 
 
 def encode_batch(
-    features: Mapping[str, Tensor], group: Group, ids: tuple[str, ...], facts: LevelFacts
+    features: Mapping[str, Tensor],
+    group: Group,
+    ids: tuple[str, ...],
+    facts: LevelFacts,
+    *,
+    tables: Tables = NO_TABLES,
 ) -> dict[str, np.ndarray]:
-    """The stored arrays of a batch by array path, on the host.
+    """The stored arrays of a batch by array path, on the host; `tables` are those that the encoding was fitted to.
 
     Raises DataError naming the sample and level if a feature is NaN or infinite, or does not fit the encoding.
     """
@@ -55,9 +65,32 @@ def encode_batch(
             facts.add(name, low, high)
     stored = {}
     for level in group.levels:
-        for suffix, part in encoding.encode(features[level.name], level, {}, torch).items():
+        fitted = tables[level.name] if encoding.fit is not None else {}
+        for suffix, part in _encoded(encoding, features[level.name], level, fitted, ids).items():
             stored[level.name + suffix] = part.cpu().numpy()
     return stored
+
+
+def tables_on(tables: Mapping[str, Mapping[str, np.ndarray]], device: torch.device | str) -> Tables:
+    """Fitted tables as tensors on a device."""
+    return {
+        level: {name: torch.tensor(table, device=device) for name, table in named.items()}
+        for level, named in tables.items()
+    }
+
+
+def _encoded(
+    encoding: Encoding, x: Tensor, level: LevelSpec, tables: Mapping[str, Tensor], ids: tuple[str, ...]
+) -> Mapping[str, Tensor]:
+    try:
+        return encoding.encode(x, level, tables, torch)
+    except DataError:
+        for i, sample in enumerate(ids):
+            try:
+                encoding.encode(x[i : i + 1], level, tables, torch)
+            except DataError as e:
+                raise DataError(f"sample {sample!r}: {e}") from e
+        raise
 
 
 def _each(x: Tensor, reduce: Any) -> Tensor:

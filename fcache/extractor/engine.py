@@ -6,14 +6,17 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fcache.cache_spec import CacheWriter, DataError, NoSpaceError, ShardWriter, index_arrays, open_cache, open_writer
+from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.layout import FEATURES
+from fcache.cache_spec.tables import FittedTables
 from fcache.extractor.decoding import Decoded, decode
-from fcache.extractor.encode import LevelFacts, encode_batch
+from fcache.extractor.encode import LevelFacts, Tables, encode_batch, tables_on
 from fcache.extractor.events import (
     Event,
     ExtractionStarted,
@@ -22,6 +25,7 @@ from fcache.extractor.events import (
     ShardCommitted,
     WaitingForOthers,
 )
+from fcache.extractor.fit import fit_tables
 from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
 from fcache.extractor.plan import RESERVE_BYTES, Plan, plan_of
@@ -65,9 +69,10 @@ def extract(
     writer = open_writer(job.cache, prepared.wanted)
     with _heartbeat(writer):
         try:
+            tables = fit_tables(prepared, writer)
             tasks = tasks_of(writer, prepared)
             recheck(writer, prepared, tasks)
-            run = _Run(prepared, writer, report, should_stop, started)
+            run = _Run(prepared, writer, tables, report, should_stop, started)
             run.announce(tasks, plan)
             while tasks:
                 run.do(tasks)
@@ -136,12 +141,17 @@ class _Run:
 
     prepared: Prepared
     writer: CacheWriter
+    tables: FittedTables
     report: Callable[[Event], None]
     should_stop: Callable[[], bool]
     started: float
     shards: int = 0
     records: int = 0
     total: int = 0
+
+    @cached_property
+    def _device_tables(self) -> Tables:
+        return tables_on(self.tables.levels, self.prepared.backbone.device)
 
     def announce(self, tasks: list[Task], plan: Plan) -> None:
         """Reports what is to do."""
@@ -200,7 +210,7 @@ class _Run:
             views = [_present(d.view) for _, d in good]
             samples = [task.shard.sample + p for p in kept]
             arrays[FEATURES] = {
-                **encode_batch(features, group, ids, queue.current.facts),
+                **encode_batch(features, group, ids, queue.current.facts, tables=self._device_tables),
                 **index_arrays(views, samples, [task.shard.view] * len(kept)),
             }
         for part in task.parts:
@@ -266,7 +276,13 @@ class _Queue:
         # Targets first, so that committed features always have theirs.
         for part in sorted(task.parts, key=lambda p: p == FEATURES):
             facts = shard.facts.as_json() if part == FEATURES else {}
-            commit = shard.writers[part].commit(facts=facts, fingerprint=self._print if part == FEATURES else {})
+            group = self._run.writer.manifest.group(task.shard.group)
+            fitted = part == FEATURES and find_encoding(group.encoding).fit is not None
+            commit = shard.writers[part].commit(
+                facts=facts,
+                fingerprint=self._print if part == FEATURES else {},
+                tables=self._run.tables.digest if fitted else "",
+            )
             self._run.shards += 1
             size = sum(n for n, _ in commit.files.values())
             self._run.report(ShardCommitted(task.shard.group, part, task.shard.index, size))

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from fcache.cache_spec import DataError, Manifest, Storage, open_storage
+from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
 from fcache.cache_spec.store import is_cache, preview
 from fcache.extractor.decoding import Request
-from fcache.extractor.encode import LevelFacts, encode_batch
+from fcache.extractor.encode import LevelFacts, encode_batch, tables_on
+from fcache.extractor.encoding_costs import encoding_costs
 from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
 from fcache.extractor.prepare import Prepared, prepare
@@ -38,10 +41,12 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a job. Bytes are those of the features as encoded, before any lossless compression.
+    """The cost of a job. Bytes are those of the features as encoded, before any lossless compression; encodings that
+    are made to be compressed count half a byte a value, which they stay below.
 
     `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
-    measured rate, None if it was not measured.
+    measured rate, None if it was not measured; then `encodings` maps each encoding to the bytes that it takes for a
+    record, measured on the same batch (None where the features do not fit).
     """
 
     cache: str
@@ -51,6 +56,7 @@ class Plan:
     free_bytes: int | None
     random_weights: str | None
     seconds: float | None = None
+    encodings: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -85,8 +91,8 @@ def plan(job: Job, *, measure: bool = True) -> Plan:
     found = plan_of(prepared)
     if not measure or found.pending_records == 0:
         return found
-    seconds = _seconds_per_record(prepared) * found.pending_records
-    return replace(found, seconds=seconds)
+    each, encodings = _measured(prepared)
+    return replace(found, seconds=each * found.pending_records, encodings=encodings)
 
 
 def plan_of(prepared: Prepared) -> Plan:
@@ -123,8 +129,11 @@ def _split_plan(storage: Storage, manifest: Manifest, name: str) -> SplitPlan:
     )
 
 
-def _seconds_per_record(prepared: Prepared) -> float:
-    """Decoding, backbone and encoding of one batch, after a warm-up; decoding is shared by the decoding processes."""
+def _measured(prepared: Prepared) -> tuple[float, dict[str, float | None]]:
+    """Seconds a record, and bytes a record in each encoding, of one batch.
+
+    The seconds are those of decoding, backbone and encoding after a warm-up; decoding processes share the decoding.
+    """
     group = max(prepared.wanted.groups, key=lambda g: len(g.ids) * g.views)
     decoder = prepared.decoder
     positions = prepared.positions[group.split]
@@ -136,11 +145,30 @@ def _seconds_per_record(prepared: Prepared) -> float:
         raise DataError(f"none of the first {len(requests)} samples of {group.split!r} could be decoded")
     images = [torch.from_numpy(d.image) for d in decoded]
     ids = tuple(group.ids[: len(decoded)])
+    features = features_of(images, group.canvas, prepared.backbone)
+    tables = tables_on(fitted_to(features, group), prepared.backbone.device)
     computing = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        encode_batch(features_of(images, group.canvas, prepared.backbone), group, ids, LevelFacts())
+        features = features_of(images, group.canvas, prepared.backbone)
+        encode_batch(features, group, ids, LevelFacts(), tables=tables)
         computing = time.perf_counter() - started
     workers = prepared.job.decoders
     total = decoding + computing if workers == 0 else max(decoding / workers, computing)
-    return total / len(decoded)
+    return total / len(decoded), encoding_costs(_on_host(features), group.levels)
+
+
+def fitted_to(features: Mapping[str, Tensor], group: Group) -> dict[str, Mapping[str, np.ndarray]]:
+    """Tables fitted to one batch, as good as any to measure with; none if the group's encoding needs none."""
+    fit = find_encoding(group.encoding).fit
+    if fit is None:
+        return {}
+    levels = {level.name: level for level in group.levels}
+    return {
+        name: fit.tables(fit.add(fit.start(levels[name]), x, levels[name]), levels[name])
+        for name, x in _on_host(features).items()
+    }
+
+
+def _on_host(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: x.float().cpu().numpy() for name, x in features.items()}

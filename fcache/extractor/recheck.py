@@ -77,13 +77,17 @@ def _outside(writer: CacheWriter, prepared: Prepared, commit: Commit) -> str:
             continue
         images = [torch.from_numpy(decoder[r].image) for r in requests]
         features = features_of(images, group.canvas, prepared.backbone)
+        tables = reader.tables(group)
         for level in group.levels:
+            fitted = tables.get(level.name, {})
             found = features[level.name].cpu().numpy()
             stored = {
                 p.suffix: np.stack([reader.read(group.path, level.name + p.suffix, r) for r in records])
                 for p in encoding.parts(level)
             }
-            error = np.abs(encoding.decode(stored, level, {}, np) - found) - encoding.error(found, level, {}, np)
+            error = np.abs(encoding.decode(stored, level, fitted, np) - found) - encoding.error(
+                found, level, fitted, np
+            )
             if float(error.max()) > 0:
                 return f"level {level.name!r} differs by {float(error.max()):g} more than {encoding.name} allows"
     return ""

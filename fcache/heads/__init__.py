@@ -31,6 +31,7 @@ from fcache.heads.events import Event as Event
 from fcache.heads.events import HeadStopped as HeadStopped
 from fcache.heads.events import Report as Report
 from fcache.heads.events import RunDone as RunDone
+from fcache.heads.events import SplitKept as SplitKept
 from fcache.heads.events import StepDone as StepDone
 from fcache.heads.events import TrainingStarted as TrainingStarted
 from fcache.heads.events import Waiting as Waiting

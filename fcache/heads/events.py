@@ -14,6 +14,15 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
+class SplitKept:
+    """A split is in memory from now on: `place` is "RAM" or a device, `bytes` what it takes there."""
+
+    split: str
+    place: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Waiting:
     """Nothing to read of a split that is followed yet; it is looked at again from time to time."""
 
@@ -83,6 +92,7 @@ class RunDone:
 
 Event = (
     TrainingStarted
+    | SplitKept
     | Waiting
     | StepDone
     | EpochDone

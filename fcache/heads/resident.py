@@ -13,6 +13,7 @@ from torch import Tensor
 from fcache.cache_spec import Block, CacheSource, CodedLevel, SourceInfo, SpecError
 from fcache.cache_spec.holding import HeldGroup, Ragged, hold, read_group
 from fcache.heads.batches import target_device
+from fcache.heads.events import Report, SplitKept, silent
 
 RESIDENCES = ("auto", "none", "ram", "device")
 # torch gathers no unsigned integers wider than a byte: they are kept as signed ones of the same bits.
@@ -83,7 +84,9 @@ class ResidentSource:
         return replace(coded, tables=tables)
 
 
-def make_resident(source: CacheSource, where: str, device: torch.device | str) -> CacheSource | ResidentSource:
+def make_resident(
+    source: CacheSource, where: str, device: torch.device | str, *, report: Report = silent
+) -> CacheSource | ResidentSource:
     """`source` itself, or all of it in memory, as `where` says: "none", "ram", "device" or "auto".
 
     "auto" keeps it on a GPU if it takes at most half of the memory that is free there; else in RAM if reading it again
@@ -101,22 +104,28 @@ def make_resident(source: CacheSource, where: str, device: torch.device | str) -
         places += [ram] if source.is_costly else []
         needed = source.num_bytes() if places else 0
         fitting = [place for place in places if needed <= free_memory(place) // 2]
-        return _kept(source, fitting[0]) if fitting else source
+        return _kept(source, fitting[0], needed, report) if fitting else source
     if where == "none":
         return source
-    place, name = (ram, "RAM") if where == "ram" else (device, str(device))
+    place = ram if where == "ram" else device
     needed, free = source.num_bytes(), free_memory(place)
     if needed > free:
         raise SpecError(
             f"split {source.info.split!r} takes {needed / 1e9:.2f} GB in memory, {free / 1e9:.2f} GB are free in "
-            f"{name}; use --resident none, a subset, or fewer levels"
+            f"{_name(place)}; use --resident none, a subset, or fewer levels"
         )
-    return _kept(source, place)
+    return _kept(source, place, needed, report)
 
 
-def _kept(source: CacheSource, place: torch.device) -> CacheSource | ResidentSource:
+def _kept(source: CacheSource, place: torch.device, size: int, report: Report) -> CacheSource | ResidentSource:
     # In RAM the reader's threads go on to gather and decode into buffers; a GPU does that itself.
-    return ResidentSource(source, place) if place.type == "cuda" else hold(source)
+    kept = ResidentSource(source, place) if place.type == "cuda" else hold(source)
+    report(SplitKept(source.info.split, _name(place), size))
+    return kept
+
+
+def _name(place: torch.device) -> str:
+    return "RAM" if place.type == "cpu" else str(place)
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cachebuilder import (
     assert_readable_is_exact,
@@ -23,10 +24,22 @@ from cachebuilder import (
 )
 from s3server import make_bucket, s3_environment, s3_server
 
-from fcache.cache_spec import DataError, IncompatibleError, IncompleteError, SpecError, open_cache, open_writer, verify
+from fcache.cache_spec import (
+    CorruptError,
+    DataError,
+    IncompatibleError,
+    IncompleteError,
+    SpecError,
+    find_encoding,
+    open_cache,
+    open_writer,
+    verify,
+)
 from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.copying import CopyProgress, copy_cache, plan_copy
 from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.store import read_manifest
+from fcache.cache_spec.tables import fitted_levels, read_tables, write_tables
 
 GROUPS = (group("train", 5, views=2), group("val/32x32", 3))
 MANIFEST = manifest(*GROUPS, kinds=("semantic", "class"))
@@ -79,7 +92,7 @@ def assert_sound(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("memory", "folder"), ("folder", "s3"), ("s3", "folder"), ("s3", "s3"), ("folder", "folder")]
+    ("one", "other"), [("memory", "folder"), ("folder", "folder"), ("folder", "s3"), ("s3", "memory")]
 )
 def test_a_copy_equals_its_source_file_by_file(place: Place, source: Storage, one: str, other: str) -> None:
     first, second = place(one), place(other)
@@ -297,6 +310,36 @@ def test_a_shard_that_another_process_writes_at_the_target_is_left_to_it(source:
     other.release_all()
     assert copy_cache(source, there).copied == 0
     assert_sound(there)
+
+
+def fitted(storage: Storage, seed: int) -> Storage:
+    """A cache that has tables of an encoding that is fitted, and no shard yet."""
+    manifest_ = manifest(group("train", 3, encoding="rot:1"))
+    found = open_writer(storage, manifest_).manifest
+    rng = np.random.default_rng(seed)
+    tables = {
+        name: {key: rng.random(shape) + 0.5 for key, shape in find_encoding("rot:1").fit.shapes(level).items()}
+        for name, level in fitted_levels(found).items()
+    }
+    write_tables(storage, found, tables, samples=("train/train#0",))
+    return storage
+
+
+def test_fitted_tables_are_copied_before_any_shard_and_never_mixed(place: Place) -> None:
+    source, there, other = fitted(place("memory"), 0), place("memory"), fitted(place("memory"), 1)
+    copy_cache(source, there)
+    assert content(there) == content(source)
+    assert read_tables(there, read_manifest(there)).digest == read_tables(source, read_manifest(source)).digest
+    assert copy_cache(source, there).copied == 0
+    before = content(other)
+    for call in (copy_cache, plan_copy):
+        with pytest.raises(IncompatibleError, match=r"other fitted tables"):
+            call(source, other)
+    assert content(other) == before
+    name = next(n for n in content(source) if n.startswith("tables/") and "/c." in n)
+    source.write(name, bytes(len(source.read(name))))
+    with pytest.raises(CorruptError, match=r"tables/"):
+        copy_cache(source, place("memory"))
 
 
 def test_a_target_that_fails_ends_the_copy_and_leaves_no_claims(source: Storage, folder: Path) -> None:

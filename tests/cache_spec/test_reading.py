@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from fcache.cache_spec import CorruptError, IncompleteError, SpecError, StreamConfig, open_source, open_writer
 from fcache.cache_spec.access import ArrayAccess, OpenShards, read_arrays
+from fcache.cache_spec.arrayfiles import ArrayFiles
 from fcache.cache_spec.arrays import ArraySpec
-from fcache.cache_spec.mapping import map_file, on_disk, will_need
-from fcache.cache_spec.opened import ArrayFiles, open_local
+from fcache.cache_spec.mapping import aligned_empty, map_file, on_disk, will_need
+from fcache.cache_spec.opened import open_local
 from fcache.cache_spec.reader import CacheReader
 from fcache.cache_spec.reading import ReadOptions
 from fcache.cache_spec.shardfile import ABSENT, ZSTD, index_bytes, shard_key
@@ -263,6 +264,14 @@ def test_many_threads_read_what_one_reads(arrays, options):
     assert not failures
 
 
+@pytest.mark.parametrize("shape", [(3,), (5, 7, 2), (2, 1 << 20)])
+def test_aligned_buffers_begin_at_a_cache_line(shape):
+    made = [aligned_empty(shape, np.dtype("float16")) for _ in range(5)]
+    for x in made:
+        assert (x.shape, x.dtype, x.ctypes.data % 64, x.flags.c_contiguous) == (shape, np.float16, 0, True)
+        x[...] = 1
+
+
 def drop(path):
     """Takes a file out of memory; skips the test where the file system keeps it there."""
     with path.open("rb") as f:
@@ -347,15 +356,24 @@ import os, resource, sys
 from pathlib import Path
 import numpy as np
 from test_reading import SPECS, ReadOptions, assert_read, number, open_arrays, write_array
+from fcache.cache_spec import DataError
 from fcache.cache_spec.arrays import ArraySpec
 root = Path(sys.argv[1])
 spec = ArraySpec("large", "uint8", (1 << 23,), layout="table")
-(large,) = open_arrays(root, [(spec, write_array(root, spec, [0, 5]))], ReadOptions())
+sizes = write_array(root, spec, [0, 5])
+(large,) = open_arrays(root, [(spec, sizes)], ReadOptions())
 many = [(s, write_array(root, s, range(4 * 60))) for s in SPECS]
 assert_read([large], [0])
 expected = number(5, spec)
 memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (memory + (1 << 24), resource.RLIM_INFINITY))
+(mapped,) = open_arrays(root, [(spec, sizes)], ReadOptions("mmap"))
+try:
+    mapped.read(5)
+except DataError as e:
+    assert "cannot map" in str(e) and "read it by position" in str(e), e
+else:
+    raise AssertionError("it was mapped")
 assert np.array_equal(large.read(5), expected)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert large.pool.find(large.files, 0).data is not None and large.pool.find(large.files, 1).data is None

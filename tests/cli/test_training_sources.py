@@ -42,13 +42,13 @@ def weights(out: Path) -> bytes:
 
 def test_training_follows_an_extraction_in_another_process(scenes: Path, tmp_path: Path, capsys) -> None:
     cache, out = tmp_path / "c.fcache", tmp_path / "runs"
-    line = [*EXTRACT, "--data-root", str(scenes), "--cache", str(cache), "--views", "30", "--shard-records", "1"]
+    line = [*EXTRACT, "--data-root", str(scenes), "--cache", str(cache), "--views", "6", "--shard-records", "1"]
     with subprocess.Popen([sys.executable, "-m", "fcache.cli", *line], stderr=subprocess.PIPE) as extraction:
         try:
             while not (cache / "zarr.json").exists():
                 assert extraction.poll() is None, extraction.stderr
                 time.sleep(0.01)
-            run = trained(cache, out, "--follow", iterations=40)
+            run = trained(cache, out, "--follow", iterations=60)
             assert extraction.wait(timeout=120) == 0
         finally:
             extraction.kill()
@@ -70,7 +70,7 @@ def test_a_followed_whole_cache_and_one_in_memory_give_the_same_weights(cache: P
         assert run["evaluations"] == plain["evaluations"]
 
 
-def test_a_compressed_split_that_fits_is_read_once(cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_compressed_split_that_fits_is_read_once(cache: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     made = []
     real = resident.hold
     monkeypatch.setattr(resident, "hold", lambda *a: made.append(a) or real(*a))
@@ -78,6 +78,7 @@ def test_a_compressed_split_that_fits_is_read_once(cache: Path, tmp_path: Path, 
     assert not made
     trained(cache, tmp_path / "kept")
     assert len(made) == 1
+    assert "train  split train is kept in RAM: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fcache.cache_spec import IncompatibleError, StreamConfig, follow_source, op
 from fcache.cache_spec.testing import plain_view
 from fcache.heads import TrainConfig, choose_heads, compare, events, load_run, train, trainer
 from fcache.heads.runs import load_weights
+from fcache.heads.tasks import semantic
 
 LIMITS = {"semantic_truth_bytes": 2000}
 GROUPS = (group(samples=12, shard_records=2, limits=LIMITS), group("val", 3, limits=LIMITS))
@@ -200,6 +201,28 @@ def test_runs_on_other_committed_sets_are_not_compared(extraction, tmp_path):
     assert compare(grown, resamples=10).rows
     with pytest.raises(IncompatibleError, match=r"not comparable: extent\.training\.(epochs|committed)"):
         compare([*grown, *whole], resamples=10)
+
+
+def test_a_head_that_stops_while_a_cache_grows_does_not_keep_the_others_from_being_compared(
+    extraction, tmp_path, monkeypatch
+):
+    extraction.commit(99, "val")
+    extraction.commit(2)
+    calls = []
+
+    def loss(module, batch, options):
+        calls.append(1)
+        terms = semantic._loss(module, batch, options)
+        return {k: v * float("nan") for k, v in terms.items()} if len(calls) == 3 else terms
+
+    monkeypatch.setitem(semantic.HEADS, "linear", replace(semantic.HEADS["linear"], loss=loss))
+    report = commit_at_the_end_of_epochs(extraction, {1: 2}, [])
+    runs = extraction.train(tmp_path / "runs", scored=True, report=report)
+    assert [run.status for run in runs] == ["stopped", "finished"]
+    assert runs[0].extent["training"] != runs[1].extent["training"]
+    found = compare(runs, resamples=10)
+    assert [row.label for row in found.rows] == HEADS[1:]
+    assert found.stopped == (runs[0],)
 
 
 def test_a_head_added_to_trained_ones_reads_what_they_read(extraction, tmp_path):

@@ -18,7 +18,7 @@ from fcache.cache_spec import (
     open_writer,
 )
 from fcache.cache_spec.holding import HeldFiller, hold
-from fcache.heads import ResidentSource, make_resident, resident, to_batch
+from fcache.heads import ResidentSource, events, make_resident, resident, to_batch
 
 KINDS = ("semantic", "instances")
 
@@ -166,7 +166,9 @@ def test_what_does_not_fit_is_refused_with_both_numbers(root, monkeypatch):
     with pytest.raises(SpecError, match=re.escape(expected)):
         make_resident(source, "ram", "cpu")
     monkeypatch.setattr(resident, "free_memory", lambda device: source.num_bytes())
-    assert is_kept(make_resident(source, "ram", "cpu"))
+    told = []
+    assert is_kept(make_resident(source, "ram", "cpu", report=told.append))
+    assert told == [events.SplitKept("train", "RAM", source.num_bytes())]
 
 
 def test_a_device_without_memory_of_its_own_and_unknown_places_are_refused(root):

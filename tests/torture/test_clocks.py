@@ -3,7 +3,10 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -200,3 +203,28 @@ def test_a_cache_made_at_a_wrong_time_differs_in_nothing_but_the_time(job, whole
         ended = run_child(extract_at, shared, seconds, False, None)
         assert ended.status == 0, ended.error
         assert contents(shared.cache) == whole
+
+
+def test_commands_under_a_shifted_system_clock_make_equal_caches(job, whole, folder, rounds, record):
+    """As above with every clock of the process, and the times of files as it sees them, shifted by libfaketime."""
+    if shutil.which("faketime") is None:
+        pytest.skip("faketime is not installed")
+    options = "--model mobilenetv2_050 --weights random:0 --dataset ade20k --views 2 --view-recipe ade20k-small"
+    options += " --input-size 32 32 --shard-records 2 --batch-size 1 --workers 0"
+    command = [sys.executable, "-m", "fcache.cli", "extract", *options.split(), "--data-root", str(job.root)]
+    paths = os.pathsep.join(p for p in ("", *sys.path))
+    environment = {**os.environ, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    for number in range(rounds(1, 3)):
+        cache = folder / f"c{number}"
+        shifts = (["faketime", "-f", "+6h"], ["faketime", "-f", "-6h"], [])
+        started = [
+            subprocess.Popen(
+                [*shift, *command, "--cache", str(cache)], env=environment, stderr=subprocess.PIPE, text=True
+            )
+            for shift in shifts[: rounds(2, 3)]
+        ]
+        for process in started:
+            _, told = process.communicate(timeout=600)
+            assert process.returncode == 0, told
+        assert contents(cache) == whole
+    record("shifted_clocks", {"caches": rounds(1, 3), "extractors": rounds(1, 3) * rounds(2, 3), "differences": 0})

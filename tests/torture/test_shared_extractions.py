@@ -112,14 +112,16 @@ def check_intervals(log, died):
         spans.sort()
         for (_, end, one, _), (begin, _, two, _) in zip(spans, spans[1:], strict=False):
             assert end <= begin, f"{place} was written by {one} and {two} at the same time"
-        assert sum(committed for *_, committed in spans) == 1, f"{place} was committed more than once"
+        noted = sum(committed for *_, committed in spans)
+        # One that was killed may have committed without a note of it.
+        assert noted == 1 or (noted == 0 and any(pid in died for _, _, pid, _ in spans)), f"{place}: {noted} commits"
         again += len(spans) > 1
     return again
 
 
 def test_extractors_that_start_together_share_the_shards_even_if_some_are_killed(job, whole, folder, rounds, record):
     choose, killed, again, shards, several = random.Random(7), 0, 0, 0, 0
-    for number in range(rounds(2, 25)):
+    for number in range(rounds(1, 25)):
         shared, log = replace(job, cache=folder / f"c{number}"), folder / f"log{number}"
         (processes, _ready), died = start(shared, log, pauses=[0.02] * 4), {}
         victims = choose.sample(processes, choose.choice((1, 2)))
@@ -132,10 +134,11 @@ def test_extractors_that_start_together_share_the_shards_even_if_some_are_killed
                     break
                 time.sleep(0.002)
             if victim.is_alive():
+                # Before the signal: the others may see the death earlier than this process does.
+                died[victim.pid] = time.monotonic()
                 os.kill(victim.pid, signal.SIGKILL)
                 victim.join()
                 killed += 1
-            died[victim.pid] = time.monotonic()
         for process in processes:
             process.join(300)
             assert process.exitcode == (-9 if process.pid in died and process.exitcode else 0)
@@ -146,7 +149,7 @@ def test_extractors_that_start_together_share_the_shards_even_if_some_are_killed
         several += len({line[1] for line in lines(log) if line[0] == "commit"}) > 1
     assert several
     assert killed
-    counts = {"caches": rounds(2, 25), "extractors": 4 * rounds(2, 25), "killed in a shard": killed}
+    counts = {"caches": rounds(1, 25), "extractors": 4 * rounds(1, 25), "killed in a shard": killed}
     counts |= {"parts of shards": shards, "begun again after a death": again, "written by two at once": 0}
     record("shared_extractions", counts)
 

@@ -33,7 +33,7 @@ def _decode(
     codes, scale = stored[""], stored[".scale"]
     if xp is np:
         maps = codes.reshape(scale.size, -1)
-        return scaled(lambda first, last: maps[first:last], scale, level, out)
+        return scaled(lambda first, last: maps[first:last], scale, level, 127, out)
     wide = scale.reshape(*scale.shape, *(1,) * (codes.ndim - scale.ndim))
     return filled(xp.asarray(codes, dtype=xp.float32) * wide, out)
 

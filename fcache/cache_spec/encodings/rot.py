@@ -2,8 +2,8 @@
 
 Channels are standardised with fitted means and deviations and rotated by a fitted orthonormal matrix; each rotated map
 goes through an orthonormal cosine transform in blocks of 8 x 8 (blocks at the far edges are smaller). Neither drops
-anything. Coefficients are rounded to multiples of STEP, in standard deviations of a channel, so that detail that is
-small everywhere costs almost nothing. `_pack` says how the codes lie in bytes; they are made for zstd.
+anything. Coefficients are rounded to multiples of STEP * sqrt(16 / stride), in standard deviations of a channel, so
+that detail that is small everywhere costs almost nothing. `_pack` says how codes lie in bytes; they are made for zstd.
 """
 
 import math
@@ -18,7 +18,7 @@ from fcache.cache_spec.errors import DataError, SpecError
 from fcache.cache_spec.spec import LevelSpec
 
 # The smaller points lose less, the larger ones take less; docs/design/encodings.md has what each costs a head.
-POINTS = ("0.6", "1", "1.5")
+POINTS = ("0.5", "1", "1.25")
 BLOCK = 8
 # A product of this many blocks costs few useless multiplications and is large enough for BLAS.
 TILE = 4 * BLOCK
@@ -51,7 +51,7 @@ def with_parameter(text: str) -> Encoding:
 
 def _encode(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float) -> Mapping[str, Array]:
     frames, channels, height, width = _axes(level)
-    mean, turn = tables["mean"][:, None], tables["rotation"] / (tables["scale"] * step)
+    mean, turn = tables["mean"][:, None], tables["rotation"] / (tables["scale"] * _step(level, step))
     rows, columns = (_like(_cosines(n), x, xp) for n in (height, width))
     order, packed = _like(_order(*_axes(level)), x, xp), []
     # One record at a time: a product must not depend on what else is in the batch.
@@ -67,32 +67,36 @@ def _encode(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: flo
     return {"": xp.stack(packed)}
 
 
-def _decode(
-    stored: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float, out: Array | None
-) -> Array:
+def _decode(stored: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float, out: Array | None) -> Array:
     frames, channels, height, width = _axes(level)
-    mean, back = tables["mean"][:, None], (tables["rotation"] * (tables["scale"] * step)).T
+    mean, back = tables["mean"][:, None], (tables["rotation"] * (tables["scale"] * _step(level, step))).T
     rows, columns = (_like(_cosines(n), stored, xp) for n in (height, width))
     place = _like(_place(*_axes(level)), stored, xp)
+    found: Array = out
     if out is None:
-        out = _like(np.empty((len(stored), *level.shape), dtype=np.float32), stored, xp)
-    for record, target in zip(stored, out, strict=True):
+        found = _like(np.empty((len(stored), *level.shape), dtype=np.float32), stored, xp)
+    for record, target in zip(stored, found, strict=True):
         codes = xp.asarray(_unpack(record, len(place), xp)[place], dtype=xp.float32)
         maps = _transformed(codes.reshape(frames, channels, height, width), rows.T, columns.T, xp)
         features = back @ maps.reshape(frames, channels, -1) + mean
         # A record that was never written is all zeros.
         target[...] = xp.where(record[0] == WRITTEN, features, xp.full_like(features, math.nan)).reshape(level.shape)
-    return out
+    return found
 
 
 def _error(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float) -> Array:
     """Half a step in every coefficient at once, seen from one value, and what float32 loses in between."""
     frames, channels, height, width = _axes(level)
     mixed = [float(abs(_cosines(n)).sum(axis=0).max()) for n in (height, width)]
-    bound = abs(tables["rotation"]).sum(0) * tables["scale"] * (step * (0.5 + 0.02) * mixed[0] * mixed[1])
+    bound = abs(tables["rotation"]).sum(0) * tables["scale"] * (_step(level, step) * (0.5 + 0.02) * mixed[0] * mixed[1])
     bound = xp.asarray(bound[:, None], dtype=xp.float64) * (1 + 1e-4) + 1e-30
     wide = abs(x.reshape(len(x), frames, channels, -1)) * 1e-5 + bound
     return wide.reshape(x.shape)
+
+
+def _step(level: LevelSpec, step: float) -> float:
+    """The step of a level: finer at coarse strides, where a value says more and there are few."""
+    return step * math.sqrt(16 / level.stride)
 
 
 def _axes(level: LevelSpec) -> tuple[int, int, int, int]:
@@ -198,9 +202,8 @@ def _put(record: Array, first: int, values: Array, xp: Namespace) -> None:
 def _joined(values: Array, bits: int, xp: Namespace) -> Array:
     """Values of some bits, so many to a byte, the first in the highest bits; the last byte is filled with zeros."""
     each = 8 // bits
-    missing = -len(values) % each
-    whole = xp.concatenate([values, xp.zeros_like(values[:1]).repeat(missing)]) if missing and len(values) else values
-    columns = whole.reshape(-1, each)
+    whole = xp.concatenate([values, xp.zeros_like(values[:1]).repeat(-len(values) % each)])
+    columns = whole.reshape(len(whole) // each, each)
     joined = columns[:, 0]
     for i in range(1, each):
         joined = joined << bits | columns[:, i]
