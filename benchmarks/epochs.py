@@ -89,6 +89,8 @@ def cold(folder: Path, workload: Workload, epochs: int) -> dict[str, Row]:
 
 def one(epoch: Epoch, epochs: int, same: float) -> Row:
     """The row of a loader; `same` are seconds that every loader's consumer computes for, once they are known."""
+    # Not counted: workers start, and what the system dropped comes back into memory.
+    run(epoch, 0, 0.0, with_torch)
     read = several(epoch, epochs, 0.0, with_torch)[2]
     row: Row = {"read_ms": read * 1e3}
     for name, seconds, compute in (

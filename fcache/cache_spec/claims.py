@@ -10,10 +10,11 @@ rest for a while, measured by this process's own monotonic clock.
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fcache.cache_spec.errors import DataError
@@ -57,6 +58,25 @@ class Claims:
         """Gives everything back."""
         for name in tuple(self.held):
             self._give_back(name)
+
+    @contextmanager
+    def beating(self) -> Generator[None]:
+        """Keeps the claims alive from a thread: a batch, a shard or loading weights may take longer than they last."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.stale_seconds / 6):
+                # A store that does not answer now is met by the work itself.
+                with suppress(DataError):
+                    self.beat()
+
+        thread = threading.Thread(target=beat, name="fcache-heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     @contextmanager
     def lock(self, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> Generator[None]:

@@ -80,7 +80,8 @@ def each_commit(storage: Storage, group: str, part: str) -> Iterator[Commit]:
     for start in range(0, len(names), TOGETHER):
         some = names[start : start + TOGETHER]
         try:
-            yield from [_parse(storage, name, data) for name, data in zip(some, storage.read_many(some), strict=True)]
+            found = zip(some, storage.read_many(some), strict=True)
+            yield from [parse_commit(storage, name, data) for name, data in found]
         except FileNotFoundError:
             # One was retracted between the listing and the reading: its shard is written anew.
             yield from [c for name in some if (c := find_commit(storage, name)) is not None]
@@ -89,12 +90,13 @@ def each_commit(storage: Storage, group: str, part: str) -> Iterator[Commit]:
 def find_commit(storage: Storage, name: str) -> Commit | None:
     """The commit of that name, None if there is none. Raises CorruptError if it is damaged or of another place."""
     try:
-        return _parse(storage, name, storage.read(name))
+        return parse_commit(storage, name, storage.read(name))
     except FileNotFoundError:
         return None
 
 
-def _parse(storage: Storage, name: str, data: bytes) -> Commit:
+def parse_commit(storage: Storage, name: str, data: bytes) -> Commit:
+    """The commit in a file of that name. Raises CorruptError if it is damaged or of another place."""
     where = f"{storage.url}/{name}"
     try:
         body = json.loads(data)

@@ -5,8 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fcache.cache_spec.commits import Commit, commit_path
-from fcache.cache_spec.commits import _parse as parse_commit  # pyright: ignore[reportPrivateUsage]
+from fcache.cache_spec.commits import Commit, commit_path, parse_commit
 from fcache.cache_spec.errors import CorruptError, IncompatibleError, SpecError
 from fcache.cache_spec.identity import first_difference
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays

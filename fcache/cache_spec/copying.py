@@ -2,22 +2,20 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fcache.cache_spec.claims import STALE_SECONDS, Claims
-from fcache.cache_spec.commits import _parse as parse_commit  # pyright: ignore[reportPrivateUsage]
-from fcache.cache_spec.commits import commit_path
+from fcache.cache_spec.claims import Claims
+from fcache.cache_spec.commits import commit_path, parse_commit
 from fcache.cache_spec.copy_plan import CopyPlan, Job, check_fits, check_tables, merged, opened, plan_shards
-from fcache.cache_spec.errors import CorruptError, DataError, NoSpaceError
+from fcache.cache_spec.errors import CorruptError, NoSpaceError
 from fcache.cache_spec.layout import Manifest
 from fcache.cache_spec.storage import NewFile, Storage
-from fcache.cache_spec.store import _write as write_manifest  # pyright: ignore[reportPrivateUsage]
+from fcache.cache_spec.store import write_manifest
 from fcache.cache_spec.tables import COMMIT as TABLES
 from fcache.cache_spec.tables import table_files
 from fcache.cache_spec.verify import Fault
@@ -86,7 +84,7 @@ def copy_cache(
         write_manifest(there, merged(manifest, there), claims)
         _copy_tables(here, there, manifest)
     run = _Run(here, there, manifest, claims, plan, report)
-    with _heartbeat(claims):
+    with claims.beating():
         try:
             run.do(jobs)
         finally:
@@ -113,26 +111,6 @@ def _copy_tables(here: Storage, there: Storage, manifest: Manifest) -> None:
             raise CorruptError(f"{here.url}/{name} does not hold what {TABLES} says; restore it from a copy")
         there.write(name, data)
     there.write(TABLES, here.read(TABLES))
-
-
-@contextmanager
-def _heartbeat(claims: Claims) -> Generator[None]:
-    """Keeps the claims alive from a thread: a shard may take longer than a claim lasts."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(STALE_SECONDS / 6):
-            # A store that does not answer now is met by the copy itself.
-            with suppress(DataError):
-                claims.beat()
-
-    thread = threading.Thread(target=beat, name="fcache-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 class _Stop(Exception):

@@ -25,7 +25,7 @@ from fcache.cache_spec.files import (
     write_all,
     write_durably,
 )
-from fcache.cache_spec.storage import Range
+from fcache.cache_spec.storage import Range, checked
 
 # File systems without hard links.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -83,20 +83,20 @@ class LocalStorage:
 
     def path(self, name: str = "") -> Path:
         """The file's path."""
-        return self.root / name
+        return self.root / checked(name) if name else self.root
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
-        return read_file(self.root / name)
+        return read_file(self.path(name))
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         """Whole files. Raises FileNotFoundError."""
-        return [read_file(f"{self.root}/{name}") for name in names]
+        return [read_file(f"{self.root}/{checked(name)}") for name in names]
 
     def read_ranges(self, ranges: Sequence[Range]) -> None:
         """Fills each (name, offset, out). Raises FileNotFoundError, and CorruptError if a file ends before."""
         for name, offset, out in ranges:
-            path = self.root / name
+            path = self.path(name)
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
@@ -113,7 +113,7 @@ class LocalStorage:
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        path = self.root / name
+        path = self.path(name)
         try:
             return path.stat().st_size
         except (FileNotFoundError, NotADirectoryError) as e:
@@ -124,12 +124,12 @@ class LocalStorage:
     def names(self, folder: str) -> list[str]:
         """The names of the files right inside a folder, sorted."""
         try:
-            with os.scandir(self.root / folder) as entries:
+            with os.scandir(self.path(folder)) as entries:
                 return sorted(e.name for e in entries if not e.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as e:
-            raise unreadable(self.root / folder, e) from e
+            raise unreadable(self.path(folder), e) from e
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Every file with its bytes."""
@@ -142,13 +142,13 @@ class LocalStorage:
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file: after a crash it is absent, old or complete, never part."""
         refuse_links(self.root, name)
-        with explained(self.root / name):
+        with explained(self.path(name)):
             self._make_root()
-            write_durably(self.root, self.root / name, data)
+            write_durably(self.root, self.path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes a small file if there is none of that name, else returns False."""
-        path = self.root / name
+        path = self.path(name)
         refuse_links(self.root, name)
         with explained(path):
             self._make_root()
@@ -185,7 +185,7 @@ class LocalStorage:
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         """Writes a small file if it still holds `old`, else returns False."""
-        path = self.root / name
+        path = self.path(name)
         refuse_links(self.root, name)
         # A temporary file, so that it is cleaned up after if this process is killed right now.
         retired = partial_path(self.root)
@@ -207,19 +207,19 @@ class LocalStorage:
     def touch(self, name: str) -> None:
         """Renews the age of a file."""
         with suppress(FileNotFoundError):
-            os.utime(self.root / name)
+            os.utime(self.path(name))
 
     def stamp(self, name: str) -> str:
         """The time of its last change. Raises FileNotFoundError."""
-        return str((self.root / name).lstat().st_mtime_ns)
+        return str(self.path(name).lstat().st_mtime_ns)
 
     def age(self, name: str) -> float:
         """Seconds since a file was written or touched. Raises FileNotFoundError."""
-        return time.time() - (self.root / name).lstat().st_mtime
+        return time.time() - self.path(name).lstat().st_mtime
 
     def remove(self, name: str) -> None:
         """Removes a file durably; nothing happens if there is none."""
-        path = self.root / name
+        path = self.path(name)
         refuse_links(self.root, name)
         with explained(path), suppress(FileNotFoundError):
             path.unlink()
@@ -228,7 +228,7 @@ class LocalStorage:
     def new_file(self, name: str) -> LocalFile:
         """A file to be published under that name."""
         refuse_links(self.root, name)
-        return LocalFile(self.root, self.root / name)
+        return LocalFile(self.root, self.path(name))
 
     def sweep(self) -> int:
         """Removes temporary files that dead processes left behind, and empty folders; returns how many files."""

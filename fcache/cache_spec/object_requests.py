@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import obstore
 
-from fcache.cache_spec.errors import DataError, SpecError
+from fcache.cache_spec.errors import DataError
 from fcache.cache_spec.object_errors import explained, is_lost, is_past_the_end, is_refused, is_unknown
+from fcache.cache_spec.storage import checked
 
 # Pauses double from the first to the last, with jitter.
 RETRIES = 10
@@ -191,11 +192,3 @@ class Requests:
 
 def _whole(found: Any) -> tuple[bytes, Any]:
     return found.bytes().to_bytes(), found.meta
-
-
-def checked(name: str) -> str:
-    """A name below the prefix. Raises SpecError for one that would lead elsewhere."""
-    parts = name.split("/")
-    if any(p in ("", ".", "..") for p in parts) or not name.isprintable() or "\\" in name:
-        raise SpecError(f"a file of a cache is named a/b/c, without '..', '.', '\\' and empty parts; got {name!r}")
-    return name

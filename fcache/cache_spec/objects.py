@@ -20,7 +20,7 @@ import numpy as np
 
 from fcache.cache_spec.errors import CorruptError, DataError, SpecError
 from fcache.cache_spec.files import ORPHAN_SECONDS, process_alive
-from fcache.cache_spec.storage import Range
+from fcache.cache_spec.storage import Range, checked
 
 try:
     from obstore.store import MemoryStore, from_url
@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 from fcache.cache_spec.object_errors import explained
 from fcache.cache_spec.object_files import ObjectFile
-from fcache.cache_spec.object_requests import FIRST_PAUSE, LAST_PAUSE, RETRIES, RETRY_SECONDS, Counts, Requests, checked
+from fcache.cache_spec.object_requests import FIRST_PAUSE, LAST_PAUSE, RETRIES, RETRY_SECONDS, Counts, Requests
 
 SCHEMES = ("s3", "gs", "az", "memory")
 # Requests in flight of one storage: 20 ms of latency cost 0.3 ms a request.

@@ -13,6 +13,7 @@ from fcache.cache_spec.block import Block, SourceInfo
 from fcache.cache_spec.errors import IncompleteError, SpecError, unknown_name
 from fcache.cache_spec.filling import Allocate, Buffers, Filler, Frame, group_filler
 from fcache.cache_spec.layout import Group
+from fcache.cache_spec.mapping import aligned_empty
 from fcache.cache_spec.order import epoch_batches, num_batches, subset_mask
 from fcache.cache_spec.reader import CacheReader, GroupRecords
 from fcache.cache_spec.spec import LevelSpec
@@ -44,7 +45,7 @@ class StreamConfig:
     threads: int = 2
     world: tuple[int, int] = (0, 1)
     decode: str | None = None
-    allocate: Allocate = np.empty
+    allocate: Allocate = aligned_empty
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1:

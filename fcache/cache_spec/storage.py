@@ -116,6 +116,14 @@ class Storage(Protocol):
         ...
 
 
+def checked(name: str) -> str:
+    """A name below the cache. Raises SpecError for one that would lead elsewhere."""
+    parts = name.split("/")
+    if any(p in ("", ".", "..") for p in parts) or not name.isprintable() or "\\" in name:
+        raise SpecError(f"a file of a cache is named a/b/c, without '..', '.', '\\' and empty parts; got {name!r}")
+    return name
+
+
 def is_url(where: Path | str) -> bool:
     """Whether `where` names an object store, not a path."""
     return "://" in str(where)

@@ -138,7 +138,7 @@ def create_or_grow(storage: Storage, wanted: Manifest) -> Manifest:
     claims = Claims(storage)
     with claims.lock():
         grown = preview(storage, wanted)
-        _write(storage, grown, claims)
+        write_manifest(storage, grown, claims)
     return grown
 
 
@@ -190,7 +190,7 @@ def _grown(old: Manifest, wanted: Manifest) -> Manifest:
     return replace(old, targets=(*old.targets, *added), groups=tuple(groups.values()))
 
 
-def _write(storage: Storage, manifest: Manifest, claims: Claims) -> None:
+def write_manifest(storage: Storage, manifest: Manifest, claims: Claims) -> None:
     """Group manifests under new names, array metadata, then the root: a kill in between leaves the old manifest."""
     entries: dict[str, dict[str, str]] = {}
     kept: set[str] = set()

@@ -70,7 +70,8 @@ def verify(
     faults, tables = _table_faults(storage, manifest)
     faults += [*_metadata_faults(storage, manifest), *_stray_commits(storage, manifest)]
     committed, size = 0, 0
-    with ThreadPoolExecutor(2) as pool:
+    # Two keep a disk busy; an object store answers after milliseconds, but many at once.
+    with ThreadPoolExecutor(2 if storage.path() else 16) as pool:
         checks = pool.map(
             lambda job: _check(storage, *job, key=manifest.part_key(job[1]), tables=tables, deep=deep), jobs
         )

@@ -29,9 +29,9 @@ it is removed only with --superseded, after every byte of the other one was chec
 @click.option("--apply", is_flag=True, help="Remove what is listed; without it nothing is changed.")
 @click.option("--superseded", is_flag=True, help="With --apply: remove superseded caches, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
-def command(path: str, apply: bool, superseded: bool, as_json: bool) -> None:
+def command(path: str, apply: bool, superseded: bool, as_json: bool) -> int:
     """List what nothing needs in a cache, or in all caches of a folder, with its bytes; --apply removes it."""
-    from fcache.cache_spec import SpecError
+    from fcache.cache_spec import FcacheError, SpecError
     from fcache.cache_spec.cleaning import find_garbage, remove_garbage
     from fcache.cache_spec.superseding import find_caches, find_superseded, remove_superseded
     from fcache.cli.progress import Progress
@@ -44,11 +44,16 @@ def command(path: str, apply: bool, superseded: bool, as_json: bool) -> None:
     with Progress() as progress:
         listed: list[tuple[str, Garbage]] = []
         foreign: list[tuple[str, str, int]] = []
+        failed: list[FcacheError] = []
         for done, cache in enumerate(caches):
             progress.show(f"gc  {done}/{len(caches)} caches")
-            found = find_garbage(cache)
-            foreign += [(cache, name, size) for name, size in found.foreign]
-            listed += [(cache, g) for g in (remove_garbage(cache) if apply else found.garbage)]
+            try:
+                found = find_garbage(cache)
+                foreign += [(cache, name, size) for name, size in found.foreign]
+                listed += [(cache, g) for g in (remove_garbage(cache) if apply else found.garbage)]
+            except FcacheError as error:
+                # A damaged cache, or one that is being created, does not keep the others from being cleaned.
+                failed.append(error)
         progress.show("gc  comparing caches")
         inside = find_superseded(caches)
         for entry in inside if superseded else ():
@@ -58,6 +63,11 @@ def command(path: str, apply: bool, superseded: bool, as_json: bool) -> None:
         click.echo(json.dumps(_data(listed, inside, foreign, apply, superseded), indent=2))
     else:
         click.echo(_text(path, listed, inside, foreign, apply, superseded))
+    for error in failed[1:]:
+        click.echo(f"left alone: {error}", err=True)
+    if failed:
+        raise failed[0]
+    return 0
 
 
 def _data(

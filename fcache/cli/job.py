@@ -32,7 +32,11 @@ OPTIONS = (
     click.option("--input-size", type=int, nargs=2, help="Input height and width of views.", metavar="H W"),
     click.option("--window", type=int, help="Another attention window (Swin) than the model's own.", metavar="N"),
     click.option("--levels", help="Strides or names, '4,8,16,32'; by default all usual ones.", metavar="LIST"),
-    click.option("--encoding", help="int8 [default], fp16, bf16, fp32.", metavar="NAME"),
+    click.option(
+        "--encoding",
+        help="int8 [default], int4, rot:STEP, fp16, bf16, fp32; `fcache plan` shows their bytes.",
+        metavar="NAME",
+    ),
     click.option("--compression", help="none [default] or zstd.", metavar="NAME"),
     click.option("--precision", help="Of the backbone: bf16 [default] or fp32.", metavar="NAME"),
     click.option("--split", help="Which splits [train,val].", metavar="LIST"),

@@ -18,18 +18,22 @@ Examples:
   fcache ls /data/caches --json
 """
 )
-@click.argument("folder", default=".", metavar="[FOLDER]")
+@click.argument("folder", default=".", metavar="[FOLDER|URL]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def command(folder: str, as_json: bool) -> None:
-    """List the caches and runs below FOLDER (the current one by default, five levels deep)."""
+    """List the caches and runs below FOLDER (the current one by default, five levels deep), or below a URL."""
     from fcache.cache_spec import SpecError
+    from fcache.cache_spec.storage import is_url
+    from fcache.cache_spec.superseding import find_caches
     from fcache.cli.progress import size
     from fcache.cli.tables import table
 
-    root = Path(folder)
-    if not root.is_dir():
+    if is_url(folder):
+        found = [_describe("cache", url) for url in find_caches(folder)]
+    elif Path(folder).is_dir():
+        found = [_describe(kind, str(path)) for kind, path in find(Path(folder))]
+    else:
         raise SpecError(f"{folder} is no folder")
-    found = [_describe(kind, path) for kind, path in find(root)]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not found:
@@ -67,17 +71,17 @@ def _holds(path: Path, *keys: str) -> bool:
     return True
 
 
-def _describe(kind: str, path: Path) -> dict[str, Any]:
+def _describe(kind: str, path: str) -> dict[str, Any]:
     from fcache.cache_spec import FcacheError
 
-    entry: dict[str, Any] = {"path": str(path), "kind": kind, "what": "", "bytes": 0, "state": ""}
+    entry: dict[str, Any] = {"path": path, "kind": kind, "what": "", "bytes": 0, "state": ""}
     try:
-        return entry | (_cache(path) if kind == "cache" else _run(path))
+        return entry | (_cache(path) if kind == "cache" else _run(Path(path)))
     except (FcacheError, OSError, ValueError, KeyError, TypeError) as error:
         return entry | {"state": f"unreadable: {' '.join(str(error).split())}"}
 
 
-def _cache(path: Path) -> dict[str, Any]:
+def _cache(path: str) -> dict[str, Any]:
     from fcache.cache_spec import open_cache
 
     reader = open_cache(path, allow_partial=True)

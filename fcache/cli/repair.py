@@ -49,7 +49,7 @@ def command(
     workers: int | None,
 ) -> int:
     """Check a cache and extract its damaged shards anew, and only those."""
-    from fcache.cache_spec import open_storage, verify
+    from fcache.cache_spec import make_pending, open_storage, verify
     from fcache.cache_spec.store import read_manifest
     from fcache.cli.progress import Progress
 
@@ -70,25 +70,33 @@ def command(
         click.echo(f"{cache}: nothing is damaged, {len(result.missing)} parts of shards were never committed")
         return PARTIAL if result.missing else 0
     if dry_run:
-        click.echo(f"{cache}: {len(bad)} parts of shards would be made anew; nothing was changed")
+        click.echo(f"{cache}: {len(bad)} faults would be repaired; nothing was changed")
         return CORRUPT if result.corrupt else PARTIAL
-    shards = [fault for fault in bad if fault.shard >= 0]
-    if len(shards) < len(bad):
+    # Commits of shards that the manifest does not have are only removed.
+    stray = [f for f in bad if f.shard >= 0 and f.shard >= manifest.group(f.group).num_shards]
+    make_pending(cache, stray)
+    shards = [f for f in bad if f.shard >= 0 and f not in stray]
+    if len(shards) + len(stray) < len(bad):
         restore_metadata(cache, manifest)
-        click.echo(f"{cache}: metadata restored")
     if not shards:
+        click.echo(f"{cache}: repaired, no shard had to be made")
         return PARTIAL if result.missing else 0
     splits = tuple(dict.fromkeys(manifest.group(f.group).split for f in shards))
     return run(job_of_cache(cache, manifest, splits, weights, data_root, device, workers), shards)
 
 
 def restore_metadata(cache: str, manifest: "Manifest") -> None:
-    """Writes what other zarr readers go by as the manifest implies it."""
+    """Writes what other zarr readers go by as the manifest implies it.
+
+    Raises CorruptError if something stays damaged: only a copy has what the manifest does not imply.
+    """
     from dataclasses import replace
 
-    from fcache.cache_spec import open_writer
+    from fcache.cache_spec import CorruptError, open_writer, verify
 
     open_writer(cache, replace(manifest, groups=tuple(replace(g, extents=()) for g in manifest.groups)))
+    if left := [f for f in verify(cache).corrupt if f.shard < 0]:
+        raise CorruptError(f"{cache}: {left[0].what}; this cannot be made anew, restore it from a copy")
 
 
 def job_of_cache(

@@ -1,10 +1,8 @@
 """The local engine: claims shards, decodes, runs the backbone, encodes, writes; can be killed at any moment."""
 
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,7 +31,6 @@ from fcache.extractor.prepare import Prepared, prepare
 from fcache.extractor.recheck import backbone_fingerprint, recheck
 from fcache.extractor.work import Task, claimed, tasks_of
 
-HEARTBEAT_SECONDS = 20.0
 POLL_SECONDS = 1.0
 # Batches that may wait for the writer: enough to hide a slow fsync, little memory.
 QUEUED_BATCHES = 4
@@ -67,7 +64,7 @@ def extract(
     plan = plan_of(prepared)
     check_space(plan)
     writer = open_writer(job.cache, prepared.wanted)
-    with _heartbeat(writer):
+    with writer.claims.beating():
         try:
             tables = fit_tables(prepared, writer)
             tasks = tasks_of(writer, prepared)
@@ -106,24 +103,6 @@ def _wait(should_stop: Callable[[], bool]) -> None:
         if should_stop():
             raise Stopped
         time.sleep(0.1)
-
-
-@contextmanager
-def _heartbeat(writer: CacheWriter) -> Generator[None]:
-    """Keeps the claims alive from a thread: a batch, or loading weights, may take longer than a claim lasts."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT_SECONDS):
-            writer.claims.beat()
-
-    thread = threading.Thread(target=beat, name="fcache-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @dataclass

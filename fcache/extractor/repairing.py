@@ -9,8 +9,8 @@ from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.cache_spec.layout import FEATURES, grow_group
 from fcache.cache_spec.names import Names
 from fcache.cache_spec.storage import Storage, open_storage
-from fcache.cache_spec.store import _write as write_manifest  # pyright: ignore[reportPrivateUsage]
-from fcache.cache_spec.store import check_identity, preview, read_manifest
+from fcache.cache_spec.store import check_identity, preview, read_manifest, write_manifest
+from fcache.cache_spec.tables import read_tables
 from fcache.extractor.engine import ExtractResult, extract
 from fcache.extractor.events import Event
 from fcache.extractor.job import Job
@@ -41,7 +41,8 @@ def repair(
     """Makes the shards of `faults` pending and extracts what the cache lacks; `job` must not grow it.
 
     Model, weights and data are checked before anything is changed. The file of a quarantined sample may have changed;
-    that of any other may not. Raises as `extract`, DataError if samples of these shards are gone.
+    that of any other may not. Raises as `extract`, DataError if samples of these shards are gone, CorruptError if
+    fitted tables are damaged.
     """
     assert not job.grow, "a repair adds nothing"
     storage = open_storage(job.cache)
@@ -50,6 +51,7 @@ def repair(
         _renew(storage, prepared)
     manifest = preview(storage, prepared.wanted)
     _check_samples(manifest, prepared, faults)
+    read_tables(storage, manifest)
     make_pending(storage, [replace(f, kind="corrupt") for f in faults])
     return extract(job, report=report, should_stop=should_stop)
 

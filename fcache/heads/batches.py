@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fcache.cache_spec import Block, CodedLevel, View
+from fcache.cache_spec.mapping import aligned_empty
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -116,7 +117,7 @@ def target_device(path: str, device: torch.device) -> torch.device:
 def batch_buffers(device: torch.device | str) -> Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]:
     """What allocates a reader's buffers for a device: pinned memory for a GPU, so that copies to it overlap."""
     if torch.device(device).type != "cuda":
-        return np.empty
+        return aligned_empty
 
     def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         kind = torch.from_numpy(np.empty(0, dtype)).dtype

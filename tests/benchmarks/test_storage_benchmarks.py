@@ -82,8 +82,8 @@ def test_a_limit_gives_the_records(workload, tmp_path, name, threads):
 def test_a_ratio_is_to_the_rounds_of_the_limit_around_it():
     from storage.rounds import sandwich
 
-    # The machine slows down threefold; the variant always needs half of what the limit needs.
-    limits = iter([1.0, 1.0, 3.0, 3.0])
+    # The first round finds nothing in memory. Then the machine slows down threefold; the variant always needs half.
+    limits = iter([9.0, 1.0, 1.0, 3.0, 3.0])
     variants = iter([0.5, 1.0, 1.5])
     row = sandwich(lambda r: (next(variants), 0.1, 1000), lambda r: (next(limits), 0.1, 1000), 3)
     assert (row["ratio"], row["low"], row["high"], row["rounds"]) == (2.0, 2.0, 2.0, 3)

@@ -238,7 +238,6 @@ def test_writing_and_touching_make_young_and_change_the_stamp_and_nothing_else_d
             call("nothing")
 
 
-@pytest.mark.parametrize("make", ["s3", "memory"], indirect=True)
 @pytest.mark.parametrize(
     "name", ["../x", "a/../../x", "/etc/x", "a//b", "a/./b", "./a", "..", "a\\..\\b", "a\0b", "a\nb", "a/"]
 )

@@ -98,6 +98,22 @@ def test_gc_of_a_folder_names_superseded_caches_and_removes_them_only_when_told(
     assert state(whole) == before
 
 
+def test_a_damaged_cache_is_left_alone_and_the_others_are_cleaned(
+    make_cache, tmp_path: Path, dead: int, capsys
+) -> None:
+    good, bad = make_cache(tmp_path / "good"), make_cache(tmp_path / "bad")
+    min((bad / "manifest").glob("*.json")).write_text("{}")
+    before = state(bad)
+    (good / "partial").mkdir()
+    (good / "partial" / f"{socket.gethostname()}~{dead}~1").write_bytes(b"1")
+    assert main(["gc", str(tmp_path), "--apply"]) == 4
+    out, err = capsys.readouterr()
+    assert "1 files that nothing needs removed" in out
+    assert "bad/manifest" in err
+    assert state(bad) == before
+    assert not (good / "partial").exists()
+
+
 def test_gc_of_a_folder_without_caches_is_a_usage_error(tmp_path: Path, capsys) -> None:
     assert main(["gc", str(tmp_path)]) == 2
     assert "no cache at" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_damaged_shards_are_made_anew_and_no_others(extract, scenes: Path, tmp_p
     assert main(["repair", str(cache), "--dry-run"]) == 4
     out = capsys.readouterr().out
     assert "train/features shard 1: train/level-8/c.1" in out
-    assert "3 parts of shards would be made anew; nothing was changed" in out
+    assert "3 faults would be repaired; nothing was changed" in out
     assert main(["verify", str(cache), "--deep"]) == 4
 
     assert main(["repair", str(cache), *HERE]) == 0
@@ -85,8 +85,27 @@ def test_metadata_is_restored_without_data_or_weights(extract, scenes: Path, tmp
     node.write_bytes(good.replace(b'"int8"', b'"uint8"'))
     scenes.rename(tmp_path / "elsewhere")
     assert main(["repair", str(cache)]) == 0
-    assert "metadata restored" in capsys.readouterr().out
+    assert "train/level-8/zarr.json is not as written" in capsys.readouterr().out
     assert node.read_bytes() == good
+    # A commit that belongs to no shard goes, too.
+    stray = cache / "commits" / "train" / "000099.json"
+    stray.write_bytes(min(stray.parent.iterdir()).read_bytes())
+    assert main(["verify", str(cache)]) == 4
+    assert main(["repair", str(cache)]) == 0
+    assert "no shard had to be made" in capsys.readouterr().out
+    assert main(["verify", str(cache), "--deep"]) == 0
+
+
+def test_what_no_manifest_implies_is_not_repaired(extract, tmp_path: Path, capsys) -> None:
+    cache = tmp_path / "c.fcache"
+    assert extract("--limit", "2", "--encoding", "rot:1", "--compression", "zstd") == 0
+    table = min((cache / "tables").rglob("c*"))
+    table.write_bytes(bytes(len(table.read_bytes())))
+    flip(cache, "train/level-8/c.0.*")
+    before = times(cache)
+    assert main(["repair", str(cache), *HERE]) == 4
+    assert "restore" in capsys.readouterr().err
+    assert times(cache) == before
 
 
 def test_data_that_moved_are_named_and_others_are_refused_before_a_commit_is_taken_back(

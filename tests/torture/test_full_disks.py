@@ -110,13 +110,14 @@ def fill_again_and_again(folder, what, most, step):
         try:
             write_all(root)
         except NoSpaceError as e:
-            assert e.exit_code == 6
-            assert "it continues" in str(e), e
-            stages[stage_of(e)] += 1
-            if root.exists():
-                check_what_is_there(root, before)
+            refused = e
         else:
             break
+        assert refused.exit_code == 6
+        assert "it continues" in str(refused), refused
+        stages[stage_of(refused)] += 1
+        if root.exists():
+            check_what_is_there(root, before)
     else:
         raise AssertionError(f"{most} {what} are not enough")
     assert contents(root) == contents(whole)
@@ -167,7 +168,12 @@ def extract_again_and_again(folder, most, step):
     train = ("train-head", "--cache", whole, "--head", "semantic/linear", "--iters", 2, "--set", "batch_size=2")
     train += ("--allow-random-backbone", "--out")
     assert call(*train, folder / "runs") == 0
-    until_there_is_room("train-head", lambda: call(*train, small / "runs"), small / "runs", 1)
+
+    def train_again():
+        begun = list((small / "runs").glob("*/checkpoint*"))
+        return call(*train, small / "runs", *(["--resume"] if begun else []))
+
+    until_there_is_room("train-head", train_again, small / "runs", 1)
     written = sorted(p.relative_to(folder / "runs").as_posix() for p in (folder / "runs").rglob("*"))
     assert written == sorted(p.relative_to(small / "runs").as_posix() for p in (small / "runs").rglob("*"))
     return counts

@@ -117,7 +117,7 @@ def test_extracting_with_few_descriptors_or_little_memory_finishes_or_says_so_an
 ):
     extract(job, report=lambda _: None)
     whole, counts, wrong = contents(job.cache), Counter(), []
-    sweeps = {"descriptors": range(0, 40, rounds(15, 2)), "bytes": range(24 * MB, 200 * MB, rounds(80, 8) * MB)}
+    sweeps = {"descriptors": range(0, 100, rounds(33, 6)), "bytes": range(24 * MB, 200 * MB, rounds(80, 8) * MB)}
     for limit, amounts in sweeps.items():
         for more in amounts:
             limited = replace(job, cache=folder / f"{limit}-{more}" / "c")

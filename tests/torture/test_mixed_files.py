@@ -184,10 +184,9 @@ def test_mixed_up_files_are_found_or_have_no_effect_and_are_repaired(caches, rou
             assert not verify(root, deep=True).faults, told
             outcome = "found and repaired" if faults else "without effect"
         except (CorruptError, IncompatibleError, SpecError) as e:
+            outcome, dead_end = "refused", f"{told}: {plain}, {e}"
             # The root and the manifests cannot be made anew.
-            assert way in (cut, lengthen, remove, root_of_another), f"{told}: {e}"
-            assert plain == "refused", told
-            outcome = "refused"
+            silent += [] if plain == outcome and way in (cut, lengthen, remove, root_of_another) else [dead_end]
         outcomes[f"{way.__name__.replace('_', ' ')}: {plain} when read, {outcome}"] += 1
         restore(root, before)
     assert silent == []

@@ -1,5 +1,6 @@
 """Several extractors on one cache: they share the shards, and no shard is written twice at the same time."""
 
+import itertools
 import json
 import os
 import random
@@ -110,7 +111,7 @@ def check_intervals(log, died):
     again = 0
     for place, spans in intervals(log, died).items():
         spans.sort()
-        for (_, end, one, _), (begin, _, two, _) in zip(spans, spans[1:], strict=False):
+        for (_, end, one, _), (begin, _, two, _) in itertools.pairwise(spans):
             assert end <= begin, f"{place} was written by {one} and {two} at the same time"
         noted = sum(committed for *_, committed in spans)
         # One that was killed may have committed without a note of it.

@@ -3,16 +3,17 @@
 Channels are standardised with fitted means and deviations and rotated by a fitted orthonormal matrix; each rotated map
 goes through an orthonormal cosine transform in blocks of 8 x 8 (blocks at the far edges are smaller). Neither drops
 anything. Coefficients are rounded to multiples of STEP * sqrt(16 / stride), in standard deviations of a channel, so
-that detail that is small everywhere costs almost nothing. `_pack` says how codes lie in bytes; they are made for zstd.
+that detail that is small everywhere costs almost nothing. How codes lie in bytes is said in `codepacking`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from fcache.cache_spec.codepacking import LARGEST_CODE, WRITTEN, pack_codes, packed_sizes, unpack_codes
 from fcache.cache_spec.encodings.encoding import Array, Encoding, Fit, Namespace, Part, Tables
 from fcache.cache_spec.errors import DataError, SpecError
 from fcache.cache_spec.spec import LevelSpec
@@ -22,10 +23,6 @@ POINTS = ("0.5", "1", "1.25")
 BLOCK = 8
 # A product of this many blocks costs few useless multiplications and is large enough for BLAS.
 TILE = 4 * BLOCK
-# Zigzag codes from here on need a nibble more, and from there on two bytes more.
-NIBBLES, BYTES = 3, 15
-LARGEST_CODE = 32767
-WRITTEN = 1
 
 
 def with_parameter(text: str) -> Encoding:
@@ -40,7 +37,7 @@ def with_parameter(text: str) -> Encoding:
         raise SpecError(f"encoding 'rot:{text}' is written rot:{step:g}: one encoding has one name")
     return Encoding(
         name=f"rot:{text}",
-        parts=lambda level: (Part("", "uint8", (_sizes(_count(level))[-1],), 0, compression="zstd"),),
+        parts=lambda level: (Part("", "uint8", (packed_sizes(_count(level))[-1],), 0, compression="zstd"),),
         encode=lambda x, level, tables, xp: _encode(x, level, tables, xp, step),
         decode=lambda stored, level, tables, xp, *, out=None: _decode(stored[""], level, tables, xp, step, out),
         error=lambda x, level, tables, xp: _error(x, level, tables, xp, step),
@@ -52,8 +49,8 @@ def with_parameter(text: str) -> Encoding:
 def _encode(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float) -> Mapping[str, Array]:
     frames, channels, height, width = _axes(level)
     mean, turn = tables["mean"][:, None], tables["rotation"] / (tables["scale"] * _step(level, step))
-    rows, columns = (_like(_cosines(n), x, xp) for n in (height, width))
-    order, packed = _like(_order(*_axes(level)), x, xp), []
+    rows, columns = (_constant(_cosines, (n,), xp, x.device) for n in (height, width))
+    order, packed = _constant(_order, _axes(level), xp, x.device), []
     # One record at a time: a product must not depend on what else is in the batch.
     for record in x:
         maps = turn @ (record.reshape(frames, channels, -1) - mean)
@@ -63,20 +60,20 @@ def _encode(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: flo
                 f"level {level.name!r} lies more than {LARGEST_CODE} steps of {step:g} deviations from the mean of the "
                 "sample that rot was fitted to; use --encoding int8"
             )
-        packed.append(_pack(xp.asarray(codes.reshape(-1)[order], dtype=xp.int32), xp))
+        packed.append(pack_codes(xp.asarray(codes.reshape(-1)[order], dtype=xp.int32), xp))
     return {"": xp.stack(packed)}
 
 
 def _decode(stored: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float, out: Array | None) -> Array:
     frames, channels, height, width = _axes(level)
     mean, back = tables["mean"][:, None], (tables["rotation"] * (tables["scale"] * _step(level, step))).T
-    rows, columns = (_like(_cosines(n), stored, xp) for n in (height, width))
-    place = _like(_place(*_axes(level)), stored, xp)
+    rows, columns = (_constant(_cosines, (n,), xp, stored.device) for n in (height, width))
+    place = _constant(_place, _axes(level), xp, stored.device)
     found: Array = out
     if out is None:
-        found = _like(np.empty((len(stored), *level.shape), dtype=np.float32), stored, xp)
+        found = xp.empty((len(stored), *level.shape), dtype=xp.float32, device=stored.device)
     for record, target in zip(stored, found, strict=True):
-        codes = xp.asarray(_unpack(record, len(place), xp)[place], dtype=xp.float32)
+        codes = xp.asarray(unpack_codes(record, len(place), xp)[place], dtype=xp.float32)
         maps = _transformed(codes.reshape(frames, channels, height, width), rows.T, columns.T, xp)
         features = back @ maps.reshape(frames, channels, -1) + mean
         # A record that was never written is all zeros.
@@ -112,16 +109,17 @@ def _count(level: LevelSpec) -> int:
     return math.prod(level.shape)
 
 
-def _like(array: np.ndarray, x: Array, xp: Namespace) -> Array:
-    """A numpy array in the namespace and on the device of `x`."""
-    return array if xp is np else xp.asarray(array, device=x.device)
+@lru_cache(maxsize=64)
+def _constant(make: Callable[..., np.ndarray], sizes: tuple[int, ...], xp: Namespace, device: Any) -> Array:
+    """What `make` gives for these sizes, on a device: made and taken there once."""
+    array = make(*sizes)
+    return array if xp is np else xp.asarray(array, device=device)
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:
     return [(first, min(BLOCK, size - first)) for first in range(0, size, BLOCK)]
 
 
-@lru_cache(maxsize=64)
 def _cosines(size: int) -> np.ndarray:
     """The orthonormal transform of an axis, float32 [size, size]: one DCT-II a block. Row: frequency of a block."""
     matrix = np.zeros((size, size))
@@ -141,7 +139,6 @@ def _transformed(maps: Array, rows: Array, columns: Array, xp: Namespace) -> Arr
     return xp.concatenate(wide, -1)
 
 
-@lru_cache(maxsize=64)
 def _order(frames: int, channels: int, height: int, width: int) -> np.ndarray:
     """Positions in [T, C, H, W], int64, in the order in which codes are stored.
 
@@ -158,76 +155,12 @@ def _order(frames: int, channels: int, height: int, width: int) -> np.ndarray:
     return np.lexsort((channel, frequency))
 
 
-@lru_cache(maxsize=64)
 def _place(frames: int, channels: int, height: int, width: int) -> np.ndarray:
     """Where each value of [T, C, H, W] lies among the stored codes: the inverse of `_order`."""
     order = _order(frames, channels, height, width)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return place
-
-
-def _sizes(count: int) -> tuple[int, int, int, int, int]:
-    """Where the parts of a record of `count` codes end: mark, crumbs, nibbles, low bytes, high bytes."""
-    ends = np.cumsum([1, (count + 3) // 4, (count + 1) // 2, count, count])
-    return tuple(int(n) for n in ends)  # type: ignore[return-value]
-
-
-def _pack(codes: Array, xp: Namespace) -> Array:
-    """int32 codes to the bytes of a record: uint8, as long as the worst case, zeros where nothing is needed.
-
-    A code is folded to 0, -1, 1, -2, 2 … -> 0, 1, 2, 3, 4 … Every one has a crumb, two bits, the first of four in the
-    highest bits of a byte, that holds it up to 2; 3 says that a nibble follows, the first of two in the high half,
-    that holds the rest up to 14; 15 says that two bytes follow, low ones and high ones apart, that hold what is left.
-    What follows is close together, so that zeros at the end of each part are all that the worst case costs.
-    """
-    count = len(codes)
-    ends = _sizes(count)
-    record = xp.zeros_like(codes[:1], dtype=xp.uint8).repeat(ends[-1])
-    folded = xp.where(codes < 0, -2 * codes - 1, 2 * codes)
-    rest = folded[folded >= NIBBLES] - NIBBLES
-    left = rest[rest >= BYTES] - BYTES
-    record[0] = WRITTEN
-    _put(record, ends[0], _joined(xp.clip(folded, 0, NIBBLES), 2, xp), xp)
-    _put(record, ends[1], _joined(xp.clip(rest, 0, BYTES), 4, xp), xp)
-    _put(record, ends[2], left & 255, xp)
-    _put(record, ends[3], left >> 8, xp)
-    return record
-
-
-def _put(record: Array, first: int, values: Array, xp: Namespace) -> None:
-    record[first : first + len(values)] = xp.asarray(values, dtype=xp.uint8)
-
-
-def _joined(values: Array, bits: int, xp: Namespace) -> Array:
-    """Values of some bits, so many to a byte, the first in the highest bits; the last byte is filled with zeros."""
-    each = 8 // bits
-    whole = xp.concatenate([values, xp.zeros_like(values[:1]).repeat(-len(values) % each)])
-    columns = whole.reshape(len(whole) // each, each)
-    joined = columns[:, 0]
-    for i in range(1, each):
-        joined = joined << bits | columns[:, i]
-    return joined
-
-
-def _unpack(record: Array, count: int, xp: Namespace) -> Array:
-    """The int32 codes of a record."""
-    ends = _sizes(count)
-    folded = xp.asarray(_parted(record[ends[0] : ends[1]], 2, xp)[:count], dtype=xp.int32)
-    more = xp.argwhere(folded == NIBBLES).reshape(-1)
-    nibbles = record[ends[1] : ends[1] + (len(more) + 1) // 2]
-    rest = xp.asarray(_parted(nibbles, 4, xp)[: len(more)], dtype=xp.int32)
-    wide = xp.argwhere(rest == BYTES).reshape(-1)
-    low, high = record[ends[2] : ends[2] + len(wide)], record[ends[3] : ends[3] + len(wide)]
-    rest[wide] += xp.asarray(low, dtype=xp.int32) + (xp.asarray(high, dtype=xp.int32) << 8)
-    folded[more] += rest
-    return (folded >> 1) ^ -(folded & 1)
-
-
-def _parted(data: Array, bits: int, xp: Namespace) -> Array:
-    """What `_joined` joined, uint8."""
-    mask = (1 << bits) - 1
-    return xp.stack([data >> shift & mask for shift in range(8 - bits, -1, -bits)], -1).reshape(-1)
 
 
 def _start(level: LevelSpec) -> Mapping[str, np.ndarray]:

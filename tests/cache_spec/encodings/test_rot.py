@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numcodecs.zstd import Zstd
 
 from fcache.cache_spec import DataError, LevelSpec, SpecError, find_encoding
+from fcache.cache_spec.codepacking import LARGEST_CODE, pack_codes, unpack_codes
 from fcache.cache_spec.encodings import rot
 
 LEVELS = (
@@ -71,7 +72,7 @@ def test_torch_gives_numpys_codes_but_for_ties_and_the_same_features_from_the_sa
     assert ours.shape == theirs.shape == (3, *encoding.parts(level)[0].shape)
     count = math.prod(level.shape)
     for a, b in zip(ours, theirs, strict=True):
-        apart = abs(rot._unpack(a, count, np) - rot._unpack(b, count, np))
+        apart = abs(unpack_codes(a, count, np) - unpack_codes(b, count, np))
         assert apart.max() <= 1
         assert (apart > 0).mean() < 0.01
     decoded = encoding.decode({"": ours}, level, tables, np)
@@ -83,21 +84,21 @@ def test_torch_gives_numpys_codes_but_for_ties_and_the_same_features_from_the_sa
 @given(data=st.data())
 @settings(max_examples=60)
 def test_any_codes_come_back_in_both_namespaces(data):
-    largest = rot.LARGEST_CODE
+    largest = LARGEST_CODE
     elements = st.integers(-2, 2) | st.integers(-12, 12) | st.integers(-largest, largest)
     codes = data.draw(hnp.arrays(np.int32, st.integers(1, 70), elements=elements))
-    packed = rot._pack(codes, np)
+    packed = pack_codes(codes, np)
     assert packed.dtype == np.uint8
-    np.testing.assert_array_equal(rot._unpack(packed, len(codes), np), codes)
-    there = rot._pack(torch.from_numpy(codes.copy()), torch)
+    np.testing.assert_array_equal(unpack_codes(packed, len(codes), np), codes)
+    there = pack_codes(torch.from_numpy(codes.copy()), torch)
     np.testing.assert_array_equal(there.numpy(), packed)
-    np.testing.assert_array_equal(rot._unpack(there, len(codes), torch).numpy(), codes)
+    np.testing.assert_array_equal(unpack_codes(there, len(codes), torch).numpy(), codes)
 
 
 @given(record=hnp.arrays(np.uint8, 1 + 3 + 5 + 10 + 10))
 @example(record=np.full(29, 255, dtype=np.uint8))
 def test_damaged_bytes_decode_to_some_codes(record):
-    assert rot._unpack(record, 10, np).shape == (10,)
+    assert unpack_codes(record, 10, np).shape == (10,)
 
 
 def test_codes_lie_in_bytes_as_the_format_says():
@@ -106,7 +107,7 @@ def test_codes_lie_in_bytes_as_the_format_says():
     crumbs, nibbles = [0b00_01_10_11, 0b11_11_11_00], [0x0E, 0xFF, 0, 0]
     left = 65534 - 18
     expected = [1, *crumbs, *nibbles, 0, left & 255, *[0] * 5, 0, left >> 8, *[0] * 5]
-    assert rot._pack(codes, np).tolist() == expected
+    assert pack_codes(codes, np).tolist() == expected
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
