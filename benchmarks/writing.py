@@ -4,12 +4,14 @@
 
 The limit is raw files: one a shard and level, written record by record, and fsync at its end. Everything else is timed
 between rounds of the limit until its bytes are durable, too: where a writer does not do that, every file is fsynced at
-the end. What fcache does beyond that is inside its time: SHA-256 of every file, renames, and a commit a shard. What was
-written is read back and compared bit for bit before anything is timed. Memory is the growth of the process's own
-(anonymous) memory at its peak, in a process of its own.
+the end. What fcache does beyond that is inside its time: SHA-256 of every file, renames, and a commit a shard. Creating
+a cache, once for any number of records, is a column of its own. What was written is read back and compared bit for bit
+before anything is timed. Memory is the growth of the process's own (anonymous) memory at its peak, in a process of its
+own.
 """
 
 import shutil
+import statistics
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ from storage.writers import RAW, WRITERS, make_durable
 COLUMNS = {
     "MB/s": "{mb_per_s:.0f}",
     "share of raw files (range)": "{ratio:.2f} ({low:.2f} to {high:.2f})",
+    "to create, ms": "{create_ms:.0f}",
     "CPU seconds a GB": "{cpu_s_per_gb:.2f}",
     "memory, records": "{memory_records:.1f}",
     "rounds": "{rounds}",
@@ -65,6 +68,10 @@ def measure(work: Path, workload: Workload, rounds: int) -> dict:
             rows[name] = {**speed([limit(r) for r in range(rounds)]), "ratio": 1.0, "low": 1.0, "high": 1.0}
         else:
             rows[name] = sandwich(partial(written, name, work / "timed", source, workload), limit, rounds)
+        if writer.create:
+            rows[name]["create_ms"] = (
+                statistics.median(created(name, work / "created", workload) for _ in range(5)) * 1e3
+            )
         _, usage = in_new_process(write_mapped, name, work / "grown", flat, workload)
         rows[name]["memory_records"] = usage.growth / workload.fields.itemsize
     return {"what": f"{workload.records} records of {workload.fields.itemsize / 1e6:.1f} MB, durable.", "rows": rows}
@@ -73,11 +80,23 @@ def measure(work: Path, workload: Workload, rounds: int) -> dict:
 def written(name: str, folder: Path, source: np.ndarray, workload: Workload, r: int) -> tuple[float, float, int]:
     """Seconds, CPU seconds and bytes of one round of a writer; what it wrote is removed, not timed."""
     folder.mkdir()
+    if create := WRITERS[name].create:
+        create(folder, workload)
     start, cpu = time.perf_counter(), time.process_time()
     WRITERS[name].write(folder, source, workload)
     if not WRITERS[name].durable:
         make_durable(folder)
     spent = time.perf_counter() - start, time.process_time() - cpu, source.nbytes
+    shutil.rmtree(folder)
+    return spent
+
+
+def created(name: str, folder: Path, workload: Workload) -> float:
+    """Seconds of creating what has no records yet."""
+    folder.mkdir()
+    start = time.perf_counter()
+    WRITERS[name].create(folder, workload)
+    spent = time.perf_counter() - start
     shutil.rmtree(folder)
     return spent
 

@@ -105,7 +105,7 @@ class Workload:
         return Manifest(FeatureSpec(backbone, recipe, recipe, seed=0), (), (group,))
 
     def write_cache(self, root: Path, source: np.ndarray) -> None:
-        """A cache with the records of `source`, through the public writer."""
+        """A cache with the records of `source`, through the public writer; one that was only created is filled."""
         writer = open_writer(root, self.manifest)
         for shard in writer.pending():
             write_shard(writer, shard, lambda number: source[number], self.batch)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import zarr
 
+from fcache.cache_spec import open_writer
 from storage import formats
 from storage.workload import Workload
 
@@ -20,12 +21,16 @@ Write = Callable[[Path, np.ndarray, Workload], None]
 
 @dataclass(frozen=True)
 class Writer:
-    """`write(folder, source, workload)` stores the records of `source`; `read` reads them back as a check."""
+    """`write(folder, source, workload)` stores the records of `source`; `read` reads them back as a check.
+
+    `create(folder, workload)` makes what has no records yet, once, whatever their number.
+    """
 
     modules: tuple[str, ...]
     write: Write
     read: Callable[[Path, Workload], formats.Read]
     durable: bool = False
+    create: Callable[[Path, Workload], object] | None = None
 
 
 def write_raw(folder: Path, source: np.ndarray, workload: Workload) -> None:
@@ -71,6 +76,11 @@ def read_raw(folder: Path, workload: Workload) -> formats.Read:
         for x in workload.levels
     }
     return lambda numbers: {k: torch.from_numpy(a[numbers]) for k, a in arrays.items()}
+
+
+def create_fcache(folder: Path, workload: Workload) -> None:
+    """Manifest and array metadata, each of them durable."""
+    open_writer(folder / "cache", workload.manifest)
 
 
 def write_fcache(folder: Path, source: np.ndarray, workload: Workload) -> None:
@@ -143,7 +153,7 @@ RAW = "raw files"
 WRITERS = {
     RAW: Writer((), write_raw, read_raw, durable=True),
     "raw files, SHA-256 in another thread": Writer((), write_raw_hashed, read_raw, durable=True),
-    "fcache": Writer((), write_fcache, read_fcache, durable=True),
+    "fcache": Writer((), write_fcache, read_fcache, durable=True, create=create_fcache),
     "zarr-python, a shard at a time": Writer((), write_zarr, formats.read_zarr),
     "zarr-python, plain": Writer((), formats.write_plain_zarr, formats.read_zarr),
     "zarrs, a shard at a time": Writer(("zarrs",), write_zarrs, formats.read_zarr),

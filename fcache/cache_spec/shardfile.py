@@ -3,6 +3,8 @@
 import hashlib
 import math
 import struct
+from collections import deque
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import google_crc32c
@@ -58,18 +60,20 @@ def shard_key(spec: ArraySpec, index: int) -> str:
 class ShardFile:
     """One shard of one array while it is written: append records, then `close`, then `publish`.
 
-    Memory is one record for a sharded array; a table is buffered whole (it is small). `digest` goes on with the digest
-    and has the disk begin: another thread calls it, while the next array is written.
+    A table is buffered whole (it is small). Digests are computed by threads of `helpers` beside the writing: records
+    must stay as they are until `close`, and `undigested` bytes of them are held.
     """
 
-    def __init__(self, storage: Storage, name: str, spec: ArraySpec, slots: int) -> None:
+    def __init__(self, storage: Storage, name: str, spec: ArraySpec, slots: int, helpers: Executor) -> None:
         self.name = name
         self._spec = spec
         self._dtype = np.dtype(spec.dtype).newbyteorder("<")
         self._file = storage.new_file(name)
-        self._hash = hashlib.sha256()
-        # What was written and not yet digested, and up to where the disk was told to begin.
-        self._put: list[bytes | memoryview] = []
+        self._hash, self._hashed = hashlib.sha256(), 0
+        self._put: deque[bytes | memoryview] = deque()
+        self._helpers = helpers
+        self._digesting: Future[None] | None = None
+        # Up to where the disk was told to begin.
         self._begun = 0
         self._size = 0
         self._index = np.full((slots, 2), ABSENT, dtype="<u8")
@@ -112,7 +116,11 @@ class ShardFile:
         else:
             self._write(index_bytes(self._index))
         self.digest()
-        self._file.close()
+        try:
+            self._file.close()
+        finally:
+            self.wait()
+        self._digest()
         return self._size, self._hash.hexdigest()
 
     def publish(self) -> None:
@@ -123,14 +131,29 @@ class ShardFile:
         """Removes what was written, if it was not published."""
         self._file.discard()
 
+    @property
+    def undigested(self) -> int:
+        """Bytes that were put and not digested yet."""
+        return self._size - self._hashed
+
     def digest(self) -> None:
-        """Digests what was put since the last call; the records must not have changed in between."""
-        for data in self._put:
-            self._hash.update(data)
-        self._put.clear()
+        """Has what was put digested, and the disk begin with it, in the background."""
+        if self._digesting is None or self._digesting.done():
+            self._digesting = self._helpers.submit(self._digest)
         if self._size - self._begun >= WRITE_BACK_BYTES:
-            begin_writing(self._file.descriptor, self._begun, self._size - self._begun)
+            self._helpers.submit(begin_writing, self._file.descriptor, self._begun, self._size - self._begun)
             self._begun = self._size
+
+    def wait(self) -> None:
+        """Waits for the digest that is running."""
+        if self._digesting is not None:
+            self._digesting.result()
+
+    def _digest(self) -> None:
+        while self._put:
+            data = self._put.popleft()
+            self._hash.update(data)
+            self._hashed += len(data)
 
     def _write(self, data: "bytes | memoryview") -> None:
         self._file.write(data)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
@@ -204,8 +205,10 @@ def write_manifest(storage: Storage, manifest: Manifest, claims: Claims) -> None
             body[name] = {**found, "bytes": len(names.data), "count": len(names)}
         entries[group.path] = _write_named(storage, group.path, canonical_json(body), "json")
         kept.add(entries[group.path]["file"])
-        for path, metadata in zarr_nodes(group, manifest.parts()).items():
-            _write_json(storage, f"{path}/zarr.json", json.dumps(metadata, indent=1).encode())
+        nodes = {f"{path}/{ROOT}": node for path, node in zarr_nodes(group, manifest.parts()).items()}
+        # Together: a disk or an object store answers each after milliseconds, but many at once.
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda item: _write_json(storage, item[0], _indented(item[1])), nodes.items()))
     attributes = {
         "format": FORMAT,
         "features": manifest.features.key,
@@ -217,7 +220,7 @@ def write_manifest(storage: Storage, manifest: Manifest, claims: Claims) -> None
         "groups": entries,
     }
     node = {**GROUP_NODE, "attributes": {"fcache": {**attributes, "digest": digest(attributes)}}}
-    _write_json(storage, ROOT, json.dumps(node, indent=1).encode())
+    _write_json(storage, ROOT, _indented(node))
     for name in storage.names(MANIFESTS):
         if f"{MANIFESTS}/{name}" not in kept:
             storage.remove(f"{MANIFESTS}/{name}")
@@ -240,6 +243,10 @@ def zarr_nodes(group: Group, parts: tuple[str, ...]) -> dict[str, dict[str, Any]
             nodes |= {full.rsplit("/", i)[0]: GROUP_NODE for i in range(1, path.count("/") + 1)}
             nodes[full] = array_metadata(spec, num_records=group.num_records, shard_records=group.shard_records)
     return nodes
+
+
+def _indented(node: Mapping[str, Any]) -> bytes:
+    return json.dumps(node, indent=1).encode()
 
 
 def _write_json(storage: Storage, name: str, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from fcache.cache_spec.storage import Storage, open_storage
 from fcache.cache_spec.store import committed_shards, create_or_grow
 from fcache.cache_spec.view import View
 
+# Records that wait for their digest: a few of the largest pyramids.
+UNDIGESTED_BYTES = 128 << 20
 Records = np.ndarray | Sequence[np.ndarray]
 
 
@@ -52,7 +54,7 @@ class CacheWriter:
 
 
 class ShardWriter:
-    """One part of one shard while it is written. Memory: one record, and the small tables."""
+    """One part of one shard while it is written. Memory: what waits for its digest, and the small tables."""
 
     def __init__(self, storage: Storage, manifest: Manifest, shard: Shard, part: str) -> None:
         self._storage, self._shard, self._part = storage, shard, part
@@ -63,11 +65,12 @@ class ShardWriter:
         self._seen: set[int] = set()
         self._files: dict[str, ShardFile] = {}
         self._arrays = part_arrays(self._group, part)
-        self._digests = ThreadPoolExecutor(2, "fcache-digest")
+        # Two digest, one waits for the disk to begin.
+        self._helpers = ThreadPoolExecutor(3, "fcache-digest")
         try:
             for path, spec in self._arrays.items():
                 name = f"{shard.group}/{path}/{shard_key(spec, shard.index)}"
-                self._files[path] = ShardFile(storage, name, spec, self._group.shard_records)
+                self._files[path] = ShardFile(storage, name, spec, self._group.shard_records, self._helpers)
         except BaseException:
             self.abort()
             raise
@@ -76,26 +79,23 @@ class ShardWriter:
         """Stores records at `positions` (0-based in the shard), in increasing order.
 
         `arrays` maps every array of the part (as in `Block.targets`, or level parts and index arrays) to one entry a
-        record; count arrays follow from ragged entries.
+        record; count arrays follow from ragged entries. They are digested in the background: they must not change
+        before the shard is committed.
         """
         named = {f"targets/{k}" if self._part != FEATURES else k: v for k, v in arrays.items()}
         wanted = {p for p in self._arrays if not p.endswith(".count")}
         assert set(named) == wanted, f"arrays {sorted(named)} given, {sorted(wanted)} expected"
-        digests: list[Future[None]] = []
-        try:
-            for path, records in named.items():
-                spec, file = self._arrays[path], self._files[path]
-                for position, record in zip(positions, records, strict=True):
-                    data = np.asarray(record)
-                    file.put(position, data)
-                    if spec.ragged:
-                        self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
-                digests.append(self._digests.submit(file.digest))
-        finally:
-            # The caller may change its arrays afterwards.
-            wait(digests)
-        for done in digests:
-            done.result()
+        for path, records in named.items():
+            spec, file = self._arrays[path], self._files[path]
+            for position, record in zip(positions, records, strict=True):
+                data = np.asarray(record)
+                file.put(position, data)
+                if spec.ragged:
+                    self._files[f"{path}.count"].put(position, np.asarray(len(data), dtype=np.int32))
+            file.digest()
+        behind = sorted(self._files.values(), key=lambda f: f.undigested)
+        while behind and sum(f.undigested for f in behind) > UNDIGESTED_BYTES:
+            behind.pop().wait()
         self._seen.update(positions)
 
     def skip(self, position: int, reason: str) -> None:
@@ -128,7 +128,7 @@ class ShardWriter:
             raise
         write_commit(self._storage, commit)
         self._files.clear()
-        self._digests.shutdown()
+        self._helpers.shutdown()
         return commit
 
     def _retract(self, new: Commit) -> None:
@@ -147,7 +147,7 @@ class ShardWriter:
         for file in self._files.values():
             file.discard()
         self._files.clear()
-        self._digests.shutdown(wait=False)
+        self._helpers.shutdown(wait=False)
 
 
 def open_writer(where: Path | str | Storage, wanted: Manifest) -> CacheWriter:

@@ -190,6 +190,7 @@ def test_every_writer_that_is_installed_is_read_back_and_timed(workload, tmp_pat
     monkeypatch.setattr(writing, "in_new_process", lambda work, *arguments: (work(*arguments), Usage(1, 2, 3)))
     rows = writing.measure(tmp_path, workload, 1)["rows"]
     assert {name.removesuffix(" (not installed)") for name in rows} == set(WRITERS)
+    assert rows["fcache"]["create_ms"] > 0
     assert all(row["mb_per_s"] > 0 for name, row in rows.items() if "not installed" not in name)
 
 

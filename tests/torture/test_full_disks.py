@@ -200,7 +200,7 @@ def run_where_one_may_mount(call):
 
 def test_a_disk_that_is_full_at_every_stage_ends_in_one_error_and_the_same_call_continues(folder, rounds, record):
     counts = {}
-    for what, most, step in (("size", 1_000_000, rounds(4 * PAGE, PAGE)), ("nr_inodes", 400, rounds(3, 1))):
+    for what, most, step in (("size", 1_000_000, rounds(6 * PAGE, PAGE)), ("nr_inodes", 400, rounds(4, 1))):
         made = folder / what
         made.mkdir()
         stages = run_where_one_may_mount(f"fill_again_and_again({str(made)!r}, {what!r}, {most}, {step})")
