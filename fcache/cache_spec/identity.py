@@ -78,7 +78,7 @@ def _builder(kind: Any) -> Callable[[Any], Any]:
     if origin is tuple and args[1:] == (Ellipsis,):
         return partial(_many, args[0], _builder(args[0]))
     if origin is tuple:
-        return partial(_few, tuple(_builder(a) for a in args))
+        return partial(_few, args, tuple(_builder(a) for a in args))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return partial(_mapping, _builder(args[1]))
     if isinstance(kind, type) and issubclass(kind, PurePath):
@@ -113,7 +113,10 @@ def _many(kind: Any, build: Callable[[Any], Any], data: Any) -> tuple[Any, ...]:
     return tuple(data) if set(map(type, data)) == {kind} and kind is str else tuple(map(build, data))
 
 
-def _few(builders: tuple[Callable[[Any], Any], ...], data: Any) -> tuple[Any, ...]:
+def _few(kinds: tuple[Any, ...], builders: tuple[Callable[[Any], Any], ...], data: Any) -> tuple[Any, ...]:
+    if type(data) is list and tuple(map(type, data)) == kinds:
+        # Scalars of the right types, as most are.
+        return tuple(data)
     if (type(data) is not list and type(data) is not tuple) or len(data) != len(builders):
         raise SpecError(f"a list of {len(builders)} is expected, found {_shown(data)}")
     return tuple([build(v) for build, v in zip(builders, data, strict=True)])

@@ -17,6 +17,8 @@ from fcache.cache_spec.targets import target_arrays
 FORMAT = 2
 FEATURES = "features"
 SHARD_BYTES = 256_000_000
+# Record numbers are int32.
+MOST_RECORDS = 2**31 - 1
 # Numbers of a record, or bytes of a ragged target: what no memory holds is no size.
 LARGEST_RECORD = 2**36
 RESERVED = frozenset({"commits", "manifest", "claims", "partial", "lock", "tables"})
@@ -84,7 +86,8 @@ class Group:
         object.__setattr__(self, "digests", Names.of(self.digests))
         if self.role not in ROLES or not len(self.ids):
             raise SpecError(f"group {self.path!r}: a role of {ROLES} and sample ids are expected")
-        if len(self.ids) != len(self.digests) or min(self.shard_records, self.batch, self.views) < 1:
+        counts = (self.shard_records, self.batch, self.views)
+        if len(self.ids) != len(self.digests) or min(counts) < 1 or max(counts) > MOST_RECORDS:
             raise SpecError(f"group {self.path!r}: one digest an id, positive shard size, batch and views are expected")
         if small := {name: n for name, n in self.limits.items() if n < 1}:
             raise SpecError(f"group {self.path!r}: limits of ragged targets are at least 1, got {small}")
@@ -117,6 +120,8 @@ class Group:
                     f"shard, got {e} behind record {end}"
                 )
             end = e.first + e.count
+        if end > MOST_RECORDS:
+            raise SpecError(f"group {self.path!r}: at most {MOST_RECORDS} records lie in a group, got {end}")
 
     @property
     def num_shards(self) -> int:

@@ -109,9 +109,11 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
 
 def _lazy_names(storage: Storage, entry: Mapping[str, Any]) -> Names:
     """The names in a file beside a manifest, read when the first one is asked for."""
-    file, size, sha = str(entry["file"]), int(entry["bytes"]), entry["sha256"]
+    file, size, sha, count = str(entry["file"]), entry["bytes"], entry["sha256"], entry["count"]
     if not MANIFEST_FILE.fullmatch(file):
         raise CorruptError(f"{storage.url}: names lie in {MANIFESTS}/, not at {file!r}")
+    if type(size) is not int or type(count) is not int or not 0 <= count <= size + 1 <= 2**40:
+        raise CorruptError(f"{storage.url}: {file} cannot hold {count} names in {size} bytes")
     where = f"{storage.url}/{file}"
 
     def load() -> bytes:
@@ -125,7 +127,7 @@ def _lazy_names(storage: Storage, entry: Mapping[str, Any]) -> Names:
             raise CorruptError(f"{where} was changed (its digest differs); restore it from a copy")
         return data
 
-    return Names(int(entry["count"]), load)
+    return Names(count, load)
 
 
 def create_or_grow(storage: Storage, wanted: Manifest) -> Manifest:
