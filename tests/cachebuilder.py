@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fcache.cache_spec import (
 )
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.order import generator
+from fcache.cache_spec.tables import FittedTables, fitted_groups, fitted_levels, read_tables, write_tables
 
 LEVELS = (LevelSpec("level-4", "C H W", (3, 8, 8), 4), LevelSpec("level-8", "C H W", (5, 4, 4), 8))
 LIMITS = {
@@ -109,12 +111,23 @@ def _frames(group: Group) -> int:
     return max((level.shape[0] for level in group.levels if level.dims.startswith("T")), default=0)
 
 
+@cache
+def tables_for(level: LevelSpec, encoding: str) -> Mapping[str, np.ndarray]:
+    """The tables of an encoding for a level, fitted to the same samples for every group; none if it fits nothing."""
+    fit = find_encoding(encoding).fit
+    if fit is None:
+        return {}
+    sample = np.stack([features(level, f"fitted#{i}", 0) for i in range(8)])
+    return fit.tables(fit.add(fit.start(level), sample, level), level)
+
+
 def stored_features(group: Group, sample: str, view: int) -> dict[str, np.ndarray]:
     """What the features part holds for one record, without the index."""
     found = {}
     for level in group.levels:
         x = features(level, sample, view)[None]
-        for suffix, codes in find_encoding(group.encoding).encode(x, level, {}, np).items():
+        tables = tables_for(level, group.encoding)
+        for suffix, codes in find_encoding(group.encoding).encode(x, level, tables, np).items():
             found[level.name + suffix] = np.asarray(codes)[0]
     return found
 
@@ -154,7 +167,18 @@ def write_shard(writer: CacheWriter, shard: Shard, part: str = FEATURES, *, bad:
     except BaseException:
         shard_writer.abort()
         raise
-    shard_writer.commit(facts={"records": len(kept)}, fingerprint={"made": "by a test"})
+    fitted = part == FEATURES and find_encoding(g.encoding).fit is not None
+    digest = commit_tables(writer).digest if fitted else ""
+    shard_writer.commit(facts={"records": len(kept)}, fingerprint={"made": "by a test"}, tables=digest)
+
+
+def commit_tables(writer: CacheWriter) -> FittedTables:
+    """The fitted tables of a cache, committed now if they are not yet."""
+    if found := read_tables(writer.storage, writer.manifest):
+        return found
+    encoding = fitted_groups(writer.manifest)[0].encoding
+    tables = {name: tables_for(level, encoding) for name, level in fitted_levels(writer.manifest).items()}
+    return write_tables(writer.storage, writer.manifest, tables, samples=())
 
 
 def records(g: Group, shard: Shard, part: str, positions: list[int]) -> dict[str, list[np.ndarray]]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cachebuilder import LEVELS, features, group, manifest, write_pending
+from cachebuilder import LEVELS, features, group, manifest, tables_for, write_pending
 
-from fcache.cache_spec import LevelSpec, encoding_names, open_cache, open_writer
+from fcache.cache_spec import LevelSpec, encoding_names, find_encoding, open_cache, open_writer
 from fcache.cache_spec.layout import RESERVED
 from fcache.cache_spec.targets import KINDS, target_arrays
 
@@ -19,7 +19,8 @@ GOLDEN = [REPOSITORY / f"tests/golden/format-{n}.fcache" for n in (1, 2)]
 @pytest.fixture(scope="module")
 def page_reader():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert re.findall(r"^(?:import|from) (\w+)", code, flags=re.MULTILINE) == ["json", "struct", "pathlib", "numpy"]
+    imported = re.findall(r"^(?:import|from) (\w+)", code, flags=re.MULTILINE)
+    assert imported == ["json", "struct", "pathlib", "numpy", "numcodecs"]
     names: dict = {}
     exec(compile(code, "format.md", "exec"), names)
     return names
@@ -51,11 +52,15 @@ def test_the_pages_reader_decodes_every_encoding_and_axis(folder, page_reader, e
     assert len(found) == 10
     for sample, view, read in found:
         for level in levels:
-            x = features(level, sample, view)
-            error = {"fp32": 0, "fp16": 2**-10, "bf16": 2**-8, "int8": 1 / 127}[encoding]
-            np.testing.assert_allclose(read[level.name], x, rtol=0, atol=error * abs(x).max() + 1e-7)
-            if encoding == "fp32":
-                np.testing.assert_array_equal(read[level.name], x)
+            x, coded = features(level, sample, view), find_encoding(encoding)
+            tables = tables_for(level, encoding)
+            parts = {k: np.asarray(v) for k, v in coded.encode(x[None], level, tables, np).items()}
+            expected = coded.decode(parts, level, tables, np)[0]
+            # The same arithmetic, apart from the order in which products are added.
+            np.testing.assert_allclose(read[level.name], expected, rtol=0, atol=1e-5 * (abs(x).max() + abs(expected).max()) + 1e-7)
+            assert (abs(read[level.name] - x) <= coded.error(x[None], level, tables, np)[0] * 1.001 + 1e-6).all()
+            if coded.fit is None:
+                np.testing.assert_array_equal(read[level.name], expected)
 
 
 def test_the_pages_crc_is_castagnolis(page_reader):

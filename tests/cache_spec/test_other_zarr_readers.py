@@ -71,7 +71,7 @@ def test_every_array_reads_as_it_was_written_and_holes_read_as_fill(cache, read)
                     if record in written:
                         filled = expected_record(g, part, path, spec, *written[record], filled)
                     np.testing.assert_array_equal(found[record], filled, err_msg=f"{g.path}/{path} {record}")
-    assert arrays == len(list(root.rglob("c.0*")))
+    assert arrays == len([p for p in root.rglob("c.0*") if "tables" not in p.parts])
 
 
 def expected_record(g, part, path, spec, sample, view, filled):
@@ -101,7 +101,10 @@ def test_the_root_opens_as_one_zarr_hierarchy(cache):
     opened = zarr.open_group(root, mode="r")
     for g in made.groups:
         assert dict(opened[f"{g.path}/level-4"].attrs)["dims"] == "C H W"
-        assert opened[f"{g.path}/level-4"].metadata.dimension_names == ("record", "C", "H", "W")
+        found = opened[f"{g.path}/level-4"]
+        # Packed codes have other axes than the level.
+        packed = g.encoding == "int4" or g.encoding.startswith("rot")
+        assert found.metadata.dimension_names == ("record", *([None] * (found.ndim - 1) if packed else "CHW"))
     assert opened.attrs["fcache"]["features"] == made.features.key
 
 

@@ -76,7 +76,11 @@ def touched_at_random(root, choose):
 
     def touch():
         while not done.wait(0.01):
-            for path in (*root.glob("claims/*/*"), root / "lock", *root.glob("partial/*")):
+            paths = [root / "lock"]
+            # Files and folders vanish while one looks.
+            with contextlib.suppress(FileNotFoundError):
+                paths += [*root.glob("claims/*/*"), *root.glob("partial/*")]
+            for path in paths:
                 then = time.time() + choose.choice((-30 * 24, -6, -1, 1, 6, 30 * 24)) * HOUR
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path, (then, then))

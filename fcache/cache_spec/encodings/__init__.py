@@ -13,18 +13,14 @@ from fcache.cache_spec.encodings.encoding import Fit as Fit
 from fcache.cache_spec.encodings.encoding import Part as Part
 from fcache.cache_spec.errors import SpecError, unknown_name
 
-# Not listed yet: found by name only.
-_UNLISTED = ("int4", "rot")
-
 
 @cache
 def encoding_names() -> tuple[str, ...]:
     """The names of all encodings; of one with a parameter those that are worth having."""
     names: list[str] = []
     for kind in _kinds():
-        if kind not in _UNLISTED:
-            module = importlib.import_module(f"{__name__}.{kind}")
-            names += [f"{kind}:{p}" for p in module.POINTS] if hasattr(module, "POINTS") else [kind]
+        module = importlib.import_module(f"{__name__}.{kind}")
+        names += [f"{kind}:{p}" for p in module.POINTS] if hasattr(module, "POINTS") else [kind]
     return tuple(names)
 
 
