@@ -36,7 +36,7 @@ imagenet-linear.
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.
 """
 )
-@click.option("--cache", "path", required=True, help="The cache to train from.", metavar="PATH")
+@click.option("--cache", "path", required=True, help="The cache to train from.", metavar="PATH|URL")
 @click.option(
     "--head",
     "heads",
@@ -69,6 +69,21 @@ Exit status: 1 if a head stopped (the others are trained), 3 if the cache was pa
     help="Keep the training split in memory. auto: on a GPU if it fits in half of what is free there; in RAM if it "
     "is compressed or on an object store, and fits.",
 )
+@click.option(
+    "--read",
+    "mode",
+    type=click.Choice(["auto", "mmap", "pread"]),
+    default="auto",
+    show_default=True,
+    help="How files are read: mapped, or by position (the default on network file systems).",
+)
+@click.option(
+    "--check",
+    type=click.Choice(["none", "digest"]),
+    default="none",
+    show_default=True,
+    help="Compare the SHA-256 of each shard file when it is first opened, about half a second a GB.",
+)
 @click.option("--allow-random-backbone", is_flag=True, help="Train on the features of a backbone with random weights.")
 def command(
     path: str,
@@ -84,6 +99,8 @@ def command(
     allow_partial: bool,
     follow: bool,
     resident: str,
+    mode: str,
+    check: str,
     allow_random_backbone: bool,
 ) -> int:
     """Train one or many heads in one pass over a cache, score each on the evaluation split and record its run."""
@@ -97,7 +114,7 @@ def command(
     config = loaded.train if loaded else configure(changes)
     if not (names := heads or tuple(config.heads)):
         raise SpecError("which heads? Name them with --head (linear, upernet), or name a --recipe that lists some")
-    reader = open_cache(path, allow_partial=allow_partial or follow)
+    reader = open_cache(path, allow_partial=allow_partial or follow, mode=mode, check=check)
     runs = train_from(
         reader,
         names,

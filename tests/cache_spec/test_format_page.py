@@ -57,7 +57,8 @@ def test_the_pages_reader_decodes_every_encoding_and_axis(folder, page_reader, e
             parts = {k: np.asarray(v) for k, v in coded.encode(x[None], level, tables, np).items()}
             expected = coded.decode(parts, level, tables, np)[0]
             # The same arithmetic, apart from the order in which products are added.
-            np.testing.assert_allclose(read[level.name], expected, rtol=0, atol=1e-5 * (abs(x).max() + abs(expected).max()) + 1e-7)
+            room = 1e-5 * (abs(x).max() + abs(expected).max()) + 1e-7
+            np.testing.assert_allclose(read[level.name], expected, rtol=0, atol=room)
             assert (abs(read[level.name] - x) <= coded.error(x[None], level, tables, np)[0] * 1.001 + 1e-6).all()
             if coded.fit is None:
                 np.testing.assert_array_equal(read[level.name], expected)
