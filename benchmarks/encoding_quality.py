@@ -37,7 +37,7 @@ BACKBONES = {
     "vit_tiny_patch16_224": "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors",
 }
 # In the order in which they are run: what the goals need first.
-ENCODINGS = ("fp32", "rot:0.5", "rot:1", "rot:1.25", "int4", "int8", "rot:1.5", "pool+int4", "rot:0.7")
+ENCODINGS = ("fp32", "rot:0.5", "rot:1", "rot:1.25", "int4", "int8", "rot:1.5", "pool+int4")
 SEEDS = range(5)
 CANVAS, CLASSES, FITTED = (352, 480), 11, 64
 ITERATIONS, BATCH, RATE = {"linear": 300, "fpn": 200}, 4, {"linear": 5e-3, "fpn": 2e-3}

@@ -160,7 +160,11 @@ class _Run:
 
     def _shard(self, task: Task, first: Decoded, rest: Iterator[Decoded], queue: "_Queue") -> None:
         group = self.writer.manifest.group(task.shard.group)
-        queue.open(_Open(task, {part: self.writer.write(task.shard, part) for part in task.parts}))
+        shard = _Open(task, {})
+        queue.open(shard)
+        # One by one, so that those that are open are aborted if the disk has no room for the next.
+        for part in task.parts:
+            shard.writers[part] = self.writer.write(task.shard, part)
         for start in range(0, task.shard.count, group.batch):
             if self.should_stop():
                 raise Stopped
