@@ -1,5 +1,6 @@
 """Continuing on another machine or with other library versions: first show that it computes the same numbers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from fcache.cache_spec import (
     CacheWriter,
     IncompatibleError,
+    LevelSpec,
     canonical_json,
     find_encoding,
     first_difference,
@@ -15,6 +17,7 @@ from fcache.cache_spec import (
     to_json,
 )
 from fcache.cache_spec.commits import Commit, read_commits
+from fcache.cache_spec.encodings import Encoding
 from fcache.cache_spec.layout import FEATURES
 from fcache.extractor.backbones import fingerprint
 from fcache.extractor.decoding import Request
@@ -85,9 +88,25 @@ def _outside(writer: CacheWriter, prepared: Prepared, commit: Commit) -> str:
                 p.suffix: np.stack([reader.read(group.path, level.name + p.suffix, r) for r in records])
                 for p in encoding.parts(level)
             }
-            error = np.abs(encoding.decode(stored, level, fitted, np) - found) - encoding.error(
-                found, level, fitted, np
-            )
-            if float(error.max()) > 0:
-                return f"level {level.name!r} differs by {float(error.max()):g} more than {encoding.name} allows"
+            if worst := _difference(encoding, stored, found, level, fitted):
+                return f"level {level.name!r} {worst}"
     return ""
+
+
+def _difference(
+    encoding: Encoding,
+    stored: Mapping[str, np.ndarray],
+    found: np.ndarray,
+    level: LevelSpec,
+    tables: Mapping[str, np.ndarray],
+) -> str:
+    """How features leave the tolerance around what is stored, "" if they do not."""
+    if encoding.steps_apart is not None:
+        # As in an extraction: numpy's products may round otherwise.
+        on_torch = {name: torch.tensor(table) for name, table in tables.items()}
+        again = encoding.encode(torch.from_numpy(found), level, on_torch, torch)[""].numpy()
+        steps = max(encoding.steps_apart(a, b, level) for a, b in zip(stored[""], again, strict=True))
+        return f"differs by {steps} steps of {encoding.name}, at most 1 is allowed" if steps > 1 else ""
+    error = np.abs(encoding.decode(stored, level, tables, np) - found) - encoding.error(found, level, tables, np)
+    largest = float(error.max())
+    return f"differs by {largest:g} more than {encoding.name} allows" if largest > 0 else ""

@@ -294,21 +294,22 @@ def test_a_finished_extraction_needs_no_space(make_job: MakeJob, monkeypatch: py
     assert extract(job, report=quiet).shards == 0
 
 
+@pytest.mark.parametrize("encoding", ["int8", "rot:1"])
 def test_another_fingerprint_is_accepted_only_if_it_computes_equal_numbers(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     from fcache.extractor import recheck
 
-    extract(make_job(limit=3), report=quiet)
+    extract(make_job(limit=3, encoding=encoding), report=quiet)
     real = recheck.fingerprint
     monkeypatch.setattr(recheck, "fingerprint", lambda *a, **k: {**real(*a, **k), "threads": 96})
-    extract(make_job(limit=6), report=quiet)
+    extract(make_job(limit=6, encoding=encoding), report=quiet)
 
     features = recheck.features_of
     monkeypatch.setattr(recheck, "features_of", lambda *a: {name: x * 1.05 for name, x in features(*a).items()})
     monkeypatch.setattr(recheck, "fingerprint", lambda *a, **k: {**real(*a, **k), "threads": 97})
     with pytest.raises(IncompatibleError, match=r"threads is 97, it was"):
-        extract(make_job(), report=quiet)
+        extract(make_job(encoding=encoding), report=quiet)
 
 
 def test_a_plan_counts_what_is_pending_and_writes_nothing(make_job: MakeJob) -> None:
