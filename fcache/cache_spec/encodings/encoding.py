@@ -65,8 +65,8 @@ class Encoding:
     one array a suffix; `decode` is its inverse up to an error. `error(x, level, tables, xp)` bounds
     |decode(encode(x)) - x| elementwise, broadcastable to x. `largest` is the largest magnitude it can hold.
     `tables` holds fitted arrays by name and is empty for an encoding that fits nothing (`fit` is None).
-    `steps_apart(a, b, level)` is the largest difference of two records' codes, where `error` is too wide to tell
-    equal features from others: codes of equal features differ by 1 at most, where a rounding fell the other way.
+    `codes(record, level)` gives a stored record's codes, where `error` is too wide to tell equal features from others:
+    codes of equal features differ by 1 at most and in less than a hundredth, where a rounding fell the other way.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Encoding:
     error: Callable[[Array, LevelSpec, Tables, Namespace], Array]
     largest: float = 3.4028234663852886e38
     fit: Fit | None = None
-    steps_apart: Callable[[np.ndarray, np.ndarray, LevelSpec], int] | None = None
+    codes: Callable[[np.ndarray, LevelSpec], np.ndarray] | None = None
 
 
 def filled(values: Array, out: Array | None) -> Array:

@@ -43,7 +43,7 @@ def with_parameter(text: str) -> Encoding:
         error=lambda x, level, tables, xp: _error(x, level, tables, xp, step),
         largest=1e30,
         fit=Fit(_start, _add, _tables, _shapes),
-        steps_apart=_steps_apart,
+        codes=lambda record, level: unpack_codes(record, _count(level), np),
     )
 
 
@@ -80,11 +80,6 @@ def _decode(stored: Array, level: LevelSpec, tables: Tables, xp: Namespace, step
         # A record that was never written is all zeros.
         target[...] = xp.where(record[0] == WRITTEN, features, xp.full_like(features, math.nan)).reshape(level.shape)
     return found
-
-
-def _steps_apart(a: np.ndarray, b: np.ndarray, level: LevelSpec) -> int:
-    one, two = (unpack_codes(record, _count(level), np).astype(np.int64) for record in (a, b))
-    return int(abs(one - two).max())
 
 
 def _error(x: Array, level: LevelSpec, tables: Tables, xp: Namespace, step: float) -> Array:
