@@ -55,7 +55,7 @@ PACKAGES = (
     Package("decord>=0.6", "video", "video"),
     Package("transformers==5.23.*", "the Mask2Former head", "mask2former"),
     Package("scipy>=1.13", "the Mask2Former head", "mask2former"),
-    Package("obstore>=0.6", "caches in object stores", "s3"),
+    Package("obstore>=0.12", "caches in object stores", "s3"),
     Package("tensorboard>=2.18", "training curves", "tensorboard"),
     Package("dask-cuda>=25.2", "a cluster of GPUs", "dask-cuda"),
 )

@@ -144,7 +144,7 @@ def test_an_extraction_killed_at_random_moments_ends_as_an_uninterrupted_one(
     record: Callable[..., None],
 ) -> None:
     files, seconds = expected
-    kills = {"one extractor": rounds(8, 120), "a group of two extractors": rounds(4, 100)}
+    kills = {"one extractor": rounds(4, 120), "a group of two extractors": rounds(2, 100)}
     done, after_commits, caches, choose = Counter[str](), 0, 0, random.Random(0)
     while sum(done.values()) < sum(kills.values()):
         caches += 1

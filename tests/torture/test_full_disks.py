@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_at_every_stage_ends_in_one_error_and_the_same_call_
 
 
 def test_commands_on_a_full_disk_exit_with_6_and_continue(folder, rounds, record):
-    counts = run_where_one_may_mount(f"extract_again_and_again({str(folder)!r}, 600, {rounds(60, 4)})")
+    counts = run_where_one_may_mount(f"extract_again_and_again({str(folder)!r}, 600, {rounds(120, 4)})")
     assert counts["extract: exit 6"] >= 1
     assert counts["train-head: exit 6"] >= 1
     assert counts["extract: exit 0"] == counts["train-head: exit 0"] == 1

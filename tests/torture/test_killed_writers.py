@@ -86,7 +86,7 @@ def test_killed_writers_lose_and_touch_nothing(folder, rounds, record):
     reference = contents(whole)
 
     rng = random.Random(0)
-    target, kills, late_kills, caches, refused = rounds(8, 200), 0, 0, 0, 0
+    target, kills, late_kills, caches, refused = rounds(6, 200), 0, 0, 0, 0
     while kills < target:
         caches += 1
         root = folder / f"cache-{caches}"
