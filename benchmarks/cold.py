@@ -19,7 +19,7 @@ import torch
 from storage.ours import cache_batches
 from storage.pages import evict, files_below, read_past_cache
 from storage.peers import PACKAGES, PEERS, store
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Batches, Row, check, sandwich, timed
 from storage.workload import Workload
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = arguments(__doc__, records=64, rounds=5)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
-    with workplace(args.folder) as work:
+    with work_folder(args.folder) as work:
         result = measure(work, Workload(args.records), args.rounds)
     ordered = dict(sorted(result["rows"].items(), key=lambda item: -item[1].get("ratio", 0)))
     publish("cold", result, table("Cold", COLUMNS, ordered), args.out, m=m)

@@ -18,7 +18,7 @@ import torch
 from storage.loaders import LOADERS, Epoch
 from storage.pages import evict, files_below
 from storage.peers import PACKAGES, PEERS, store
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Row
 from storage.workload import Workload
 
@@ -42,7 +42,7 @@ def main() -> None:
     args = arguments(__doc__, records=192, epochs=3)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
-    with workplace(args.folder) as work:
+    with work_folder(args.folder) as work:
         result = measure(work, Workload(args.records), args.epochs)
     body = table("Warm", COLUMNS, result["rows"]) + "\n\n" + table("Cold, fcache", COLD, result["cold"])
     publish("epochs", result, body, args.out, m=m)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from storage.bulk import Bulk
 from storage.process import in_new_process
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Row
 
 from fcache.cache_spec import StreamConfig, open_cache, open_source
@@ -34,7 +34,7 @@ def main() -> None:
     args = arguments(__doc__, records=640, channels=16384)
     torch.set_num_threads(1)
     m = machine()
-    with workplace(args.folder) as work:
+    with work_folder(args.folder) as work:
         result = measure(work, args.records, args.channels)
     publish("memory", result, table("Memory of a reader", COLUMNS, result["rows"]), args.out, m=m)
 

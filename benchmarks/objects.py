@@ -21,7 +21,7 @@ import torch
 import zarr
 from storage.ours import cache_batches
 from storage.peers import batches_of
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Batches, Row, check, timed
 from storage.s3 import BUCKET, Server, open_bucket, s3_server, upload
 from storage.workload import Workload
@@ -48,7 +48,7 @@ def main() -> None:
     args = arguments(__doc__, records=64, rounds=3, delay=20)
     torch.set_num_threads(1)
     m = machine("obstore", "tensorstore", "moto")
-    with workplace(args.folder) as work, s3_server() as server:
+    with work_folder(args.folder) as work, s3_server() as server:
         result = measure(work, server, Workload(args.records, levels=LEVELS), args.rounds, args.delay / 1e3)
     body = "\n\n".join(table(title, COLUMNS, rows) for title, rows in result["rows"].items())
     publish("objects", result, body, args.out, m=m)

@@ -26,7 +26,7 @@ import torch
 from storage.limits import copy_limit, decode_limit, zstd_limit
 from storage.ours import cache_batches
 from storage.peers import PACKAGES, PEERS, store
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Batches, Row, check, sandwich, speed, timed
 from storage.workload import Workload
 
@@ -44,7 +44,7 @@ def main() -> None:
     args = arguments(__doc__, records=128, rounds=9)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
-    with workplace(args.folder) as work:
+    with work_folder(args.folder) as work:
         result = measure(work, Workload(args.records), args.rounds)
     publish("warm", result, tables(result), args.out, m=m)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from storage.peers import batches_of
 from storage.process import in_new_process
-from storage.report import arguments, machine, publish, table, workplace
+from storage.report import arguments, machine, publish, table, work_folder
 from storage.rounds import Row, check, sandwich, speed
 from storage.workload import Workload
 from storage.writers import RAW, WRITERS, make_durable
@@ -40,7 +40,7 @@ def main() -> None:
     args = arguments(__doc__, records=64, rounds=7)
     torch.set_num_threads(1)
     m = machine("zarrs", "tensorstore", "h5py")
-    with workplace(args.folder) as work:
+    with work_folder(args.folder) as work:
         result = measure(work, Workload(args.records), args.rounds)
     ordered = dict(sorted(result["rows"].items(), key=lambda item: -item[1].get("ratio", 0)))
     publish("writing", result, table("Writing", COLUMNS, ordered), args.out, m=m)

@@ -28,7 +28,7 @@ def arguments(text: str, **defaults: int) -> argparse.Namespace:
 
 
 @contextmanager
-def workplace(folder: Path | None) -> Iterator[Path]:
+def work_folder(folder: Path | None) -> Iterator[Path]:
     """A new folder in `folder`, removed at the end, with the temporary files that peers leave behind."""
     work = Path(tempfile.mkdtemp(prefix="fcache-benchmark-", dir=folder))
     (work / "temporary").mkdir()
@@ -82,7 +82,10 @@ def publish(claim: str, result: Mapping[str, Any], body: str, out: Path, *, m: M
     """Prints a result and writes `<claim>_<machine>_<month>.json` and `.md` to `out`."""
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     line = f"{m['cpu']}, {m['cores']} cores, {m['system']}, Python {m['python']}, {versions}; "
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    # Where the files lay and went decides nothing that another machine could repeat.
+    given, places = sys.argv[1:], ("--folder", "--out")
+    kept = [a for i, a in enumerate(given) if a not in places and (i == 0 or given[i - 1] not in places)]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
     text = f"{result['what']}\n\n{line}load average {m['load_average']}.\n\n`{command}`\n\n{body}\n"
     print(text)
     out.mkdir(parents=True, exist_ok=True)
