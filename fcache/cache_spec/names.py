@@ -42,8 +42,8 @@ class Names(Sequence[str]):
         return self._load()
 
     def check(self) -> None:
-        """Reads the names now. Raises CorruptError if they are not what they should be."""
-        _ = self._bounds
+        """Reads the names now; they are kept only if they were read before. Raises CorruptError if they are damaged."""
+        _ = (self if "data" in self.__dict__ else Names(self._count, self._load))._bounds
 
     @cached_property
     def _bounds(self) -> np.ndarray:

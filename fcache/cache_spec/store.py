@@ -94,7 +94,12 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
         body = json.loads(data)
         # In format 1 the names stand in the manifest itself.
         named = {k: _lazy_names(storage, body[k]) for k in NAMED if isinstance(body[k], dict)}
-        groups.append(from_json(Group, body | named))
+        group = from_json(Group, body | named)
+        # Now: a cache that grows removes the files of before. Digests are kept by nobody who does not grow it.
+        _ = group.ids.data
+        group.ids.check()
+        group.digests.check()
+        groups.append(group)
     manifest = Manifest(
         features=from_json(FeatureSpec, attributes["feature_spec"]),
         targets=tuple(from_json(TargetSpec, t) for t in attributes["target_specs"]),

@@ -331,6 +331,14 @@ def test_growth_is_seen_by_a_new_source_only(folder):
     assert len(flat(names(open_source(open_cache(made), "train", StreamConfig(2)), 0))) == 5
 
 
+def test_a_reader_that_was_opened_before_a_growth_is_first_used_after_it(folder):
+    made = folder / "c"
+    write_pending(open_writer(made, manifest(group(samples=3), kinds=())))
+    reader = open_cache(made)
+    write_pending(open_writer(made, manifest(group(samples=5, views=2), kinds=())))
+    assert len(flat(names(open_source(reader, "train", StreamConfig(2)), 0))) == 3
+
+
 def test_the_extent_says_what_was_used(root):
     reader = open_cache(root)
     info = open_source(reader, "val", StreamConfig(2, kinds=KINDS)).info
