@@ -63,9 +63,6 @@ def verify(
     """
     storage = open_storage(where)
     manifest = read_manifest(storage)
-    for group in manifest.groups:
-        for names in (group.ids, group.digests):
-            names.check()
     jobs = [(g, part, s) for g in manifest.groups for part in manifest.parts() for s in g.shards()]
     faults, tables = _table_faults(storage, manifest)
     faults += [*_metadata_faults(storage, manifest), *_stray_commits(storage, manifest)]
