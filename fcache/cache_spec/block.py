@@ -100,6 +100,9 @@ class BlockSource(Protocol):
         """Blocks in an epoch."""
         ...
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[Any]]:
-        """The blocks of an epoch from the `start`-th on, in an order that depends on the seed and the epoch only."""
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[Any]]:
+        """The blocks of an epoch from the `start`-th on, in an order that depends on the seed and the epoch only.
+
+        Those of `epochs` epochs follow each other, and are read ahead over their ends; of None without end.
+        """
         ...

@@ -70,7 +70,7 @@ class FollowingSource:
         """
         if epoch < self._fixed:
             return True
-        if not self._sets or self._sets[-1].shards != self._all:
+        if not self._complete:
             self._reader.refresh()
             shards = self._committed()
             if not any(shards.values()) or (self._info.role != "training" and shards != self._all):
@@ -85,8 +85,14 @@ class FollowingSource:
                     return False
                 samples = sum(len(np.unique(g.samples)) for g in source.records)
                 self._sets.append(CommittedSet(epoch, shards, samples, self._digest(shards)))
-        self._fixed = epoch + 1
+        self._fixed = sys.maxsize if self._complete else epoch + 1
         return True
+
+    def steady(self, epoch: int) -> int | None:
+        """How many epochs may be read in one go from one that was taken on: one, or all that follow (None), once
+        nothing more will come.
+        """
+        return None if self._fixed == sys.maxsize and epoch >= self._sets[-1].epoch else 1
 
     def restore(self, extent: Mapping[str, Any], *, epochs: int | None) -> None:
         """Fixes the sets of the first `epochs` epochs (None: of all) as an `extent` recorded them.
@@ -124,9 +130,16 @@ class FollowingSource:
         """Blocks in an epoch that was taken."""
         return self._of(epoch).num_blocks(epoch)
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[np.ndarray]]:
-        """The blocks of an epoch that was taken."""
-        return self._of(epoch).blocks(epoch, start=start)
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[np.ndarray]]:
+        """The blocks of an epoch that was taken; of more of them, or without end, as far as it is `steady`."""
+        steady = self.steady(epoch)
+        if steady is not None and (epochs is None or epochs > steady):
+            raise SpecError(f"what split {self._split!r} has after epoch {epoch} is not known yet; read one by one")
+        return self._of(epoch).blocks(epoch, start=start, epochs=epochs)
+
+    @property
+    def _complete(self) -> bool:
+        return bool(self._sets) and self._sets[-1].shards == self._all
 
     def _of(self, epoch: int) -> CacheSource:
         if epoch >= self._fixed:

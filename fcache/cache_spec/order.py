@@ -1,8 +1,9 @@
 """The order of records: pure functions of a seed, an epoch and the records there are."""
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,6 +14,11 @@ def generator(*key: object) -> np.random.Generator:
     """A counter-based random generator for a key, equal on every machine."""
     state = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(state[:16], dtype="<u8")))
+
+
+def span(epoch: int, epochs: int | None) -> Iterable[int]:
+    """The numbers of `epochs` epochs from `epoch` on, of None without end."""
+    return itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
 
 
 def subset_ids(ids: Sequence[str], fraction: float, *, seed: int = 0) -> tuple[str, ...]:

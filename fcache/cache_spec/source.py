@@ -14,7 +14,7 @@ from fcache.cache_spec.errors import IncompleteError, SpecError, unknown_name
 from fcache.cache_spec.filling import Allocate, Buffers, Filler, Frame, group_filler
 from fcache.cache_spec.layout import Group
 from fcache.cache_spec.mapping import aligned_empty
-from fcache.cache_spec.order import epoch_batches, num_batches, subset_mask
+from fcache.cache_spec.order import epoch_batches, num_batches, span, subset_mask
 from fcache.cache_spec.reader import CacheReader, GroupRecords
 from fcache.cache_spec.spec import LevelSpec
 
@@ -124,14 +124,19 @@ class CacheSource:
         )
         return [(group, rows[group][positions]) for group, positions in batches]
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[np.ndarray]]:
-        """The blocks of an epoch. Buffers are filled again: a block holds until the next-but-one is asked for."""
-        yield from self.read(self.order(epoch)[start:])
+    def orders(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Rows]:
+        """The orders of epochs after each other (None: without end), of the first from the `start`-th block on."""
+        for number in span(epoch, epochs):
+            yield from self.order(number)[start if number == epoch else 0 :]
+
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[np.ndarray]]:
+        """The blocks of epochs. Buffers are filled again: a block holds until the next-but-one is asked for."""
+        yield from self.read(self.orders(epoch, start=start, epochs=epochs))
 
     def read(self, order: Iterable[Rows]) -> Iterator[Block[np.ndarray]]:
         """The blocks of any `order`, read ahead as those of an epoch; none may be larger than the batch size."""
         threads = self.config.threads
-        # Epochs after each other use the same buffers; iterations at the same time have their own.
+        # Iterations after each other use the same buffers; those at the same time have their own.
         kept, self._ring = self._ring, None
         ring: Ring = kept or deque(("", {}) for _ in range(threads + 2))
         waiting: deque[tuple[Future[Block[np.ndarray]], Fill]] = deque()

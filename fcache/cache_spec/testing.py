@@ -8,6 +8,7 @@ import numpy as np
 from fcache.cache_spec.block import Block, CodedLevel, SourceInfo
 from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import SpecError
+from fcache.cache_spec.order import span
 from fcache.cache_spec.spec import BackboneSpec, FeatureSpec, LevelSpec, SplitRecipe, TargetSpec
 from fcache.cache_spec.view import View
 
@@ -52,13 +53,14 @@ class MemorySource:
         full, rest = divmod(len(self.ids), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[np.ndarray]]:
-        """The blocks of an epoch from the `start`-th on."""
-        order = np.arange(len(self.ids))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        for b in range(start, self.num_blocks(epoch)):
-            yield self._block(order[b * self.batch_size : (b + 1) * self.batch_size])
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[np.ndarray]]:
+        """The blocks of epochs, of the first from the `start`-th on."""
+        for number in span(epoch, epochs):
+            order = np.arange(len(self.ids))
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, number]).permutation(order)
+            for b in range(start if number == epoch else 0, self.num_blocks(number)):
+                yield self._block(order[b * self.batch_size : (b + 1) * self.batch_size])
 
     def _block(self, rows: np.ndarray) -> Block[np.ndarray]:
         return Block(

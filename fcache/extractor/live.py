@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcache.cache_spec import Block, CodedLevel, DataError, Group, SourceInfo, View
 from fcache.cache_spec.layout import new_group
-from fcache.cache_spec.order import epoch_batches
+from fcache.cache_spec.order import epoch_batches, span
 from fcache.extractor.backbones import Backbone
 from fcache.extractor.datasets import RawSample
 from fcache.extractor.decoding import Decoded, Request
@@ -69,16 +69,17 @@ class LiveSource:
         """Blocks in an epoch."""
         return len(self._batches(epoch))
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[Tensor]]:
-        """The blocks of an epoch. Raises DataError for a sample that cannot be decoded."""
-        view = epoch % self.groups[0].views
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[Tensor]]:
+        """The blocks of epochs. Raises DataError for a sample that cannot be decoded."""
         decoder = self.prepared.decoder
         with ThreadPoolExecutor(2, "fcache-decode") as pool:
-            for index, chosen in self._batches(epoch)[start:]:
-                group = self.groups[index]
-                positions = [self.prepared.positions[self.split][group.ids[i]] for i in chosen]
-                requests = [Request(self.split, p, view, group.canvas) for p in positions]
-                yield self._block(group, list(pool.map(decoder.__getitem__, requests)))
+            for number in span(epoch, epochs):
+                view = number % self.groups[0].views
+                for index, chosen in self._batches(number)[start if number == epoch else 0 :]:
+                    group = self.groups[index]
+                    positions = [self.prepared.positions[self.split][group.ids[i]] for i in chosen]
+                    requests = [Request(self.split, p, view, group.canvas) for p in positions]
+                    yield self._block(group, list(pool.map(decoder.__getitem__, requests)))
 
     def _batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         return epoch_batches(

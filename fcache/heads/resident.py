@@ -42,9 +42,9 @@ class ResidentSource:
         """Blocks in an epoch."""
         return self._source.num_blocks(epoch)
 
-    def blocks(self, epoch: int, *, start: int = 0) -> Iterator[Block[Tensor]]:
-        """The blocks of an epoch from the `start`-th on, in new tensors."""
-        for number, rows in self._source.order(epoch)[start:]:
+    def blocks(self, epoch: int, *, start: int = 0, epochs: int | None = 1) -> Iterator[Block[Tensor]]:
+        """The blocks of epochs in new tensors."""
+        for number, rows in self._source.orders(epoch, start=start, epochs=epochs):
             yield self._block(number, rows)
 
     def _block(self, number: int, rows: np.ndarray) -> Block[Tensor]:

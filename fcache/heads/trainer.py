@@ -158,14 +158,19 @@ def _endless(
 
     Ends when it was asked to stop while it waited for a source that grows.
     """
-    source, (epoch, start) = session.source, position
+    source, (epoch, index) = session.source, position
     while _taken(source, epoch, session.report, should_stop):
-        count = source.num_blocks(epoch)
-        batches = device_batches(source.blocks(epoch, start=start), session.device, levels=levels)
-        for index, batch in enumerate(batches, start=start):
-            ends = index + 1 == count
-            yield (epoch + 1, 0) if ends else (epoch, index + 1), epoch if ends else None, batch
-        epoch, start = epoch + 1, 0
+        # Read ahead over the ends of epochs, unless the next one may find more than this one.
+        epochs = source.steady(epoch) if isinstance(source, FollowingSource) else None
+        blocks, count = source.blocks(epoch, start=index, epochs=epochs), source.num_blocks(epoch)
+        for batch in device_batches(blocks, session.device, levels=levels):
+            while index >= count:
+                epoch, index = epoch + 1, 0
+                count = source.num_blocks(epoch)
+            index += 1
+            ends = index == count
+            yield (epoch + 1, 0) if ends else (epoch, index), epoch if ends else None, batch
+        epoch, index = epoch + 1, 0
 
 
 def _taken(source: BlockSource | None, epoch: int, report: Report, should_stop: Callable[[], bool]) -> bool:

@@ -197,6 +197,22 @@ def test_a_set_without_a_usable_sample_is_waited_for_but_not_in_vain(folder, wri
         source.take(0)
 
 
+def test_epochs_are_read_in_one_go_once_nothing_more_will_come(folder, writer):
+    source = followed(folder)
+    write(writer, 3)
+    assert source.take(0)
+    assert source.steady(0) == 1
+    with pytest.raises(SpecError, match="not known yet"):
+        source.blocks(0, epochs=None)
+    write_pending(writer)
+    assert source.take(1)
+    assert (source.steady(0), source.steady(1), source.steady(9)) == (1, None, None)
+    # What is complete stays as it is: no epoch after it need be taken.
+    found = [b.ids for b in source.blocks(1, epochs=3)]
+    assert found == [b.ids for epoch in (1, 2, 3) for b in source.blocks(epoch)]
+    assert len(source.extent["epochs"]) == 2
+
+
 def test_buffers_are_reused_while_a_split_grows(folder, writer):
     made = []
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -42,8 +43,9 @@ def root(folder_factory):
     return made
 
 
-def names(source, epoch, start=0):
-    return [list(zip(b.ids, b.view_indices, strict=True)) for b in source.blocks(epoch, start=start)]
+def names(source, epoch, start=0, epochs=1):
+    blocks = source.blocks(epoch, start=start, epochs=epochs)
+    return [list(zip(b.ids, b.view_indices, strict=True)) for b in blocks]
 
 
 def flat(batches):
@@ -226,6 +228,51 @@ def test_a_block_holds_until_the_next_but_one_is_asked_for(root, threads):
             if before is not None:
                 assert bytes_of(before[0]) == before[1]
             before = (block, now)
+
+
+def test_epochs_after_each_other_give_the_blocks_of_each(root):
+    source = open_source(open_cache(root), "train", StreamConfig(4))
+    each = [names(source, epoch) for epoch in range(1, 5)]
+    assert names(source, 1, epochs=4) == [block for epoch in each for block in epoch]
+    assert names(source, 1, start=2, epochs=2) == each[0][2:] + each[1]
+    assert names(source, 1, epochs=0) == []
+    endless = source.blocks(1, start=3, epochs=None)
+    found = [list(zip(b.ids, b.view_indices, strict=True)) for b, _ in zip(endless, range(9), strict=False)]
+    assert found == (each[0][3:] + each[1] + each[2])[:9]
+
+
+def test_the_next_epoch_is_read_ahead_while_one_ends(root):
+    source = open_source(open_cache(root), "train", StreamConfig(4, threads=2))
+    count, filled = source.num_blocks(0), []
+
+    class Counting:
+        def __init__(self, filler):
+            self.filler = filler
+
+        def fill(self, rows, buffers):
+            filled.append(self.filler.frame(rows)[0])
+            return self.filler.fill(rows, buffers)
+
+    counted = source.with_fillers([Counting(f) for f in source.fillers])
+    blocks = counted.blocks(0, epochs=None)
+    for _ in range(count):
+        next(blocks)
+    deadline = time.monotonic() + 30
+    while len(filled) < count + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ahead = [tuple(name for name, _ in block) for block in names(source, 1)[:2]]
+    assert sorted(filled[count:]) == sorted(ahead)
+    blocks.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_block_holds_over_the_end_of_an_epoch(root, threads):
+    source = open_source(open_cache(root), "train", StreamConfig(2, kinds=KINDS, threads=threads))
+    before = None
+    for block in source.blocks(0, epochs=3):
+        if before is not None:
+            assert bytes_of(before[0]) == before[1]
+        before = block, bytes_of(block)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

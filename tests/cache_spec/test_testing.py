@@ -16,8 +16,9 @@ def _source(count: int = 7, **more):
     )
 
 
-def _labels(source, epoch: int, start: int = 0) -> list[int]:
-    return [int(v) for block in source.blocks(epoch, start=start) for v in block.targets["class/label"]]
+def _labels(source, epoch: int, start: int = 0, epochs: int = 1) -> list[int]:
+    blocks = source.blocks(epoch, start=start, epochs=epochs)
+    return [int(v) for block in blocks for v in block.targets["class/label"]]
 
 
 def test_an_epoch_gives_every_record_once_in_an_order_of_its_own():
@@ -31,6 +32,7 @@ def test_an_epoch_gives_every_record_once_in_an_order_of_its_own():
 def test_an_epoch_continues_where_it_is_asked_to():
     source = _source()
     assert _labels(source, 2, start=1) == _labels(source, 2)[3:]
+    assert _labels(source, 2, start=1, epochs=2) == _labels(source, 2)[3:] + _labels(source, 3)
 
 
 def test_features_targets_and_ids_of_a_block_belong_together():

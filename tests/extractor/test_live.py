@@ -59,6 +59,7 @@ def test_live_and_cached_shuffle_alike(make_job: MakeJob) -> None:
         assert order == [(b.ids, b.view_indices) for b in live.blocks(epoch)]
         assert len(order) == live.num_blocks(epoch) == 2
         assert [b.ids for b in live.blocks(epoch, start=1)] == [ids for ids, _ in order[1:]]
+    assert [b.ids for b in live.blocks(0, start=1, epochs=2)] == [b.ids for b in cached.blocks(0, start=1, epochs=2)]
 
 
 def test_a_photo_has_the_features_of_its_evaluation_record(make_job: MakeJob, scenes: Path) -> None:

@@ -100,6 +100,14 @@ def test_a_resident_split_starts_in_mid_epoch_with_the_same_blocks(root, keep, s
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_resident_split_gives_epochs_after_each_other(root, keep, split):
+    cached, kept = sources(root, keep, split)
+    found = [[content(b) for b in s.blocks(1, start=2, epochs=3)] for s in (cached, kept)]
+    assert len(found[0]) == sum(cached.num_blocks(epoch) for epoch in (1, 2, 3)) - 2
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("decode", ["fp32", "fp16"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_readers_threads_decode_from_ram_too(root, split, decode):
