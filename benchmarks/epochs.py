@@ -1,12 +1,15 @@
-"""How much of an epoch a training waits for data, when it computes for a given time a batch.
+"""How much of its time a training waits for data, when it computes for a given time a batch.
 
-    python benchmarks/epochs.py [--records 192] [--epochs 3]
+    python benchmarks/epochs.py [--records 192] [--epochs 5]
 
-Every loader is first run alone: the mean time between its batches, after the first, is its read time. Then the main
-thread computes for 0.5, 1 and 2 times that after each batch, and once for as long as fcache's read time, the same for
-all. It computes with torch (matrix products, which release the interpreter's lock) or in plain Python (which holds it).
-Shares are of the epoch after its first batch, medians over epochs; the time to the first batch is a column of its own.
-Everything lies in the page cache. Loaders with worker processes have two of them, as fcache has two threads.
+Epochs follow each other, as in a training; the first one is not counted. Every loader is first run alone: the mean
+time between its batches is its read time. Then the main thread works after each batch, for
+- a loader's own read time, or twice that, asleep: the work is a GPU's, and all cores are free to read;
+- the processor time in which one core copies fcache's batch, the same for all loaders, asleep; computing with torch
+  (matrix products, which release the interpreter's lock); or in plain Python (which holds it). What computes has a
+  core of its own then, and the others have to read as much in that time.
+Warm means that everything lies in the page cache. Loaders with worker processes have two of them, as fcache has two
+threads.
 """
 
 import statistics
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from storage.loaders import LOADERS, Epoch
+from storage.loaders import LOADERS, Batch
 from storage.pages import evict, files_below
 from storage.peers import PACKAGES, PEERS, store
 from storage.report import arguments, machine, publish, table, work_folder
@@ -23,23 +26,21 @@ from storage.rounds import Row
 from storage.workload import Workload
 
 OURS = "fcache, 2 threads"
-SHARES = (0.5, 1.0, 2.0)
-# A fast loader ends a small epoch in some ten milliseconds.
-LEAST_SECONDS = 0.5
 COLUMNS = {
     "read, ms a batch": "{read_ms:.1f}",
-    "wait at 0.5": "{wait_0_5:.1%}",
-    "wait at 1": "{wait_1:.1%}",
-    "wait at 2": "{wait_2:.1%}",
-    "wait at 1, Python": "{wait_python:.1%}",
-    "wait at fcache's read time": "{wait_same:.1%}",
-    "first batch, ms": "{first_ms:.0f}",
+    "wait at its read time": "{wait_1:.1%}",
+    "at twice that": "{wait_2:.1%}",
+    "at one core's time, asleep": "{wait_asleep:.1%}",
+    "torch": "{wait_torch:.1%}",
+    "Python": "{wait_python:.1%}",
 }
-COLD = {"read, ms a batch": "{read_ms:.1f}", "wait at 1": "{wait_1:.1%}", "wait at 2": "{wait_2:.1%}"}
+COLD = {"read, ms a batch": "{read_ms:.1f}", "wait at its read time": "{wait_1:.1%}", "at twice that": "{wait_2:.1%}"}
+# Medians of this many runs of each kind.
+RUNS = 3
 
 
 def main() -> None:
-    args = arguments(__doc__, records=192, epochs=3)
+    args = arguments(__doc__, records=192, epochs=5)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
     with work_folder(args.folder) as work:
@@ -54,80 +55,76 @@ def measure(work: Path, workload: Workload, epochs: int) -> dict:
     workload.write_flat(flat)
     source = workload.flat(flat)
     workload.write_cache(work / "cache", source)
+    count = workload.records // workload.batch
     rows: dict[str, Row] = {}
+    core = 0.0
     for name, loader in LOADERS.items():
         peer = PEERS[loader.store] if loader.store else None
         if peer and peer.missing:
             rows[f"{name} (not installed)"] = {}
             continue
         folder = store(loader.store, peer, work, source, workload) if peer else work / "cache" / "train"
-        same = rows[OURS]["read_ms"] / 1e3 if rows else 0.0
-        rows[name] = one(loader.open(folder, workload), epochs, same)
-    rows[OURS]["wait_same"] = rows[OURS]["wait_1"]
+        stream = loader.open(folder, workload)(None)
+        for _ in range(count):
+            next(stream)
+        core = core or statistics.median(run(stream, count * epochs, 0.0, time.sleep)[2] for _ in range(RUNS))
+        rows[name] = one(stream, count * epochs, core)
     return {
-        "what": f"{workload.records // workload.batch} batches an epoch, {epochs} epochs.",
+        "what": f"{count} batches an epoch, {epochs} epochs, medians of {RUNS} runs. One core copies a batch in "
+        f"{core * 1e3:.1f} ms of processor time.",
+        "core_ms": core * 1e3,
         "rows": rows,
-        "cold": cold(work / "cache" / "train", workload, epochs),
+        "cold": cold(work / "cache" / "train", workload),
     }
 
 
-def cold(folder: Path, workload: Workload, epochs: int) -> dict[str, Row]:
-    """fcache with nothing in the page cache when an epoch begins."""
+def cold(folder: Path, workload: Workload) -> dict[str, Row]:
+    """fcache with nothing in the page cache when an epoch begins; its first batch is not counted."""
     rows: dict[str, Row] = {}
     for name in (OURS, "fcache, 2 threads, positional reads"):
 
-        def epoch(number: int, name: str = name) -> Iterator[dict[str, torch.Tensor]]:
+        def epoch(seconds: float, name: str = name) -> tuple[float, float, float]:
             evict(files_below(folder))
             # Opened anew: pages that a reader has mapped cannot leave memory.
-            return LOADERS[name].open(folder, workload)(number)
+            stream = LOADERS[name].open(folder, workload)(1)
+            next(stream)
+            return run(stream, workload.records // workload.batch - 1, seconds, time.sleep)
 
-        read = several(epoch, epochs, 0.0, with_torch)[2]
-        rows[name] = {"read_ms": read * 1e3}
-        rows[name] |= {f"wait_{n}": several(epoch, epochs, n * read, with_torch)[0] for n in (1, 2)}
+        read = statistics.median(epoch(0.0)[1] for _ in range(RUNS))
+        waits = {f"wait_{n}": statistics.median(epoch(n * read)[0] for _ in range(RUNS)) for n in (1, 2)}
+        rows[name] = {"read_ms": read * 1e3, **waits}
     return rows
 
 
-def one(epoch: Epoch, epochs: int, same: float) -> Row:
-    """The row of a loader; `same` are seconds that every loader's consumer computes for, once they are known."""
-    # Not counted: workers start, and what the system dropped comes back into memory.
-    run(epoch, 0, 0.0, with_torch)
-    read = several(epoch, epochs, 0.0, with_torch)[2]
+def one(stream: Iterator[Batch], count: int, core: float) -> Row:
+    """The row of a loader; `core` are the seconds that every loader's consumer takes."""
+    read = statistics.median(run(stream, count, 0.0, time.sleep)[1] for _ in range(RUNS))
     row: Row = {"read_ms": read * 1e3}
-    for name, seconds, compute in (
-        *((f"wait_{share:g}".replace(".", "_"), share * read, with_torch) for share in SHARES),
-        ("wait_python", read, in_python),
-        *([("wait_same", same, with_torch)] if same else []),
+    for name, seconds, work in (
+        ("wait_1", read, time.sleep),
+        ("wait_2", 2 * read, time.sleep),
+        ("wait_asleep", core, time.sleep),
+        ("wait_torch", core, with_torch),
+        ("wait_python", core, in_python),
     ):
-        row[name], first, _ = several(epoch, epochs, seconds, compute)
-        row.setdefault("first_ms", first * 1e3)
+        row[name] = statistics.median(run(stream, count, seconds, work)[0] for _ in range(RUNS))
     return row
 
 
-def several(epoch: Epoch, epochs: int, seconds: float, compute: Callable[[float], None]) -> tuple[float, float, float]:
-    """The medians of `run` over `epochs` epochs, or over more while they take less than `LEAST_SECONDS`."""
-    found, started = [], time.perf_counter()
-    while len(found) < epochs or time.perf_counter() - started < LEAST_SECONDS:
-        found.append(run(epoch, len(found), seconds, compute))
-    share, first, mean = (statistics.median(values) for values in zip(*found, strict=True))
-    return share, first, mean
-
-
-def run(epoch: Epoch, number: int, seconds: float, compute: Callable[[float], None]) -> tuple[float, float, float]:
-    """One epoch: the share of it after the first batch that was waited for, the first wait, the mean of the others."""
-    batches, waits = iter(epoch(number)), []
-    begun = started = time.perf_counter()
-    while True:
+def run(
+    stream: Iterator[Batch], count: int, seconds: float, work: Callable[[float], None]
+) -> tuple[float, float, float]:
+    """`count` batches: the share of the time that was waited, seconds a batch, and processor seconds a batch."""
+    waited, started, processor = 0.0, time.perf_counter(), time.process_time()
+    for _ in range(count):
         asked = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            break
-        waits.append(time.perf_counter() - asked)
-        if len(waits) == 1:
-            begun = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - asked
         sum(float(x[-1].flatten()[-1]) for x in batch.values())
-        compute(seconds)
-    waited = sum(waits[1:])
-    return waited / (time.perf_counter() - begun), begun - started, waited / (len(waits) - 1)
+        if seconds:
+            work(seconds)
+    taken = time.perf_counter() - started
+    return waited / taken, taken / count, (time.process_time() - processor) / count
 
 
 def with_torch(seconds: float) -> None:

@@ -1,5 +1,6 @@
-"""Loaders as their users run them, ahead of the consumer where they can: an epoch is an iterator of torch batches."""
+"""Loaders as their users run them, ahead of the consumer where they can, epoch after epoch."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fcache.cache_spec.order import span
 from storage.formats import as_levels
 from storage.ours import cache_batches
 from storage.peers import PEERS
 from storage.workload import Workload, shuffled
 
-Epoch = Callable[[int], Iterator[dict[str, torch.Tensor]]]
+Batch = dict[str, torch.Tensor]
+Epoch = Callable[[int], Iterator[Batch]]
+# The batches of that many epochs, of None without end.
+Epochs = Callable[[int | None], Iterator[Batch]]
 WORKERS = 2
 
 
@@ -23,20 +28,25 @@ WORKERS = 2
 class Loader:
     """`open(folder, workload)` reads what the peer `store` wrote, or fcache's own files ("")."""
 
-    open: Callable[[Path, Workload], Epoch]
+    open: Callable[[Path, Workload], Epochs]
     store: str = ""
 
 
-def fcache(mode: str, folder: Path, workload: Workload) -> Epoch:
+def fcache(mode: str, folder: Path, workload: Workload) -> Epochs:
     """Ours: two threads ahead, in the process."""
     batches = cache_batches(folder.parent, workload, mode=mode)
-    return lambda number: (batch for _, batch in batches(number))
+    return lambda epochs: (batch for _, batch in batches(0, epochs))
 
 
-def in_process(name: str, folder: Path, workload: Workload) -> Epoch:
+def in_turn(epoch: Epoch) -> Epochs:
+    """Epochs of a loader that knows one at a time."""
+    return lambda epochs: itertools.chain.from_iterable(map(epoch, span(0, epochs)))
+
+
+def in_process(name: str, folder: Path, workload: Workload) -> Epochs:
     """A peer's batches when they are asked for: nothing is read ahead."""
     batches = PEERS[name].open(folder, workload)
-    return lambda number: (batch for _, batch in batches(number))
+    return in_turn(lambda number: (batch for _, batch in batches(number)))
 
 
 class _Rows(Dataset):  # pragma: no cover - runs in worker processes
@@ -52,21 +62,21 @@ class _Rows(Dataset):  # pragma: no cover - runs in worker processes
         return self.read(numbers)
 
 
-def in_workers(name: str, folder: Path, workload: Workload) -> Epoch:
+def in_workers(name: str, folder: Path, workload: Workload) -> Epochs:
     """A peer in torch's DataLoader: two worker processes that read whole batches."""
     order: list[list[int]] = []
     loader = DataLoader(
         _Rows(name, folder, workload), sampler=order, batch_size=None, num_workers=WORKERS, persistent_workers=True
     )
 
-    def epoch(number: int) -> Iterator[dict[str, torch.Tensor]]:
+    def epoch(number: int) -> Iterator[Batch]:
         order[:] = [numbers.tolist() for numbers in shuffled(workload, number)]
         return iter(loader)
 
-    return epoch
+    return in_turn(epoch)
 
 
-def litdata(folder: Path, workload: Workload) -> Epoch:
+def litdata(folder: Path, workload: Workload) -> Epochs:
     """LitData's own loader, shuffling, two worker processes."""
     from litdata import StreamingDataLoader, StreamingDataset
 
@@ -74,10 +84,10 @@ def litdata(folder: Path, workload: Workload) -> Epoch:
     # Its records are read-only arrays, of which torch warns in every worker.
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     loader = StreamingDataLoader(dataset, batch_size=workload.batch, num_workers=WORKERS, persistent_workers=True)
-    return lambda number: (as_levels(torch.as_tensor(batch), workload) for batch in loader)
+    return in_turn(lambda number: (as_levels(torch.as_tensor(batch), workload) for batch in loader))
 
 
-def mosaic(folder: Path, workload: Workload) -> Epoch:
+def mosaic(folder: Path, workload: Workload) -> Epochs:
     """MosaicML's dataset, shuffling, in torch's DataLoader with two worker processes."""
     from streaming import StreamingDataset
 
@@ -85,10 +95,10 @@ def mosaic(folder: Path, workload: Workload) -> Epoch:
     loader = DataLoader(
         dataset, batch_size=workload.batch, num_workers=WORKERS, persistent_workers=True, drop_last=True
     )
-    return lambda number: (as_levels(batch["record"], workload) for batch in loader)
+    return in_turn(lambda number: (as_levels(batch["record"], workload) for batch in loader))
 
 
-def webdataset(folder: Path, workload: Workload) -> Epoch:
+def webdataset(folder: Path, workload: Workload) -> Epochs:
     """WebDataset's own loader, a shard a worker process, shuffling in a buffer."""
     import webdataset as wds
 
@@ -98,7 +108,7 @@ def webdataset(folder: Path, workload: Workload) -> Epoch:
         dataset.batched(workload.batch, partial=False), batch_size=None, num_workers=min(WORKERS, len(urls)),
         persistent_workers=True,
     )  # fmt: skip
-    return lambda number: (as_levels(torch.as_tensor(np.asarray(batch)), workload) for (batch,) in loader)
+    return in_turn(lambda number: (as_levels(torch.as_tensor(np.asarray(batch)), workload) for (batch,) in loader))
 
 
 NPY, SHARDED = "np.memmap, `m[numbers]`", "zarr-python, sharded, a record at a time"
