@@ -6,7 +6,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -109,12 +110,21 @@ def _kill(process: Any) -> None:
 def _group_is_gone(group: int, *, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+        if not any(of == group and state != "Z" for state, of in _processes()):
             return True
         time.sleep(0.1)
     return False
+
+
+def _processes() -> Iterator[tuple[str, int]]:
+    """State and group of every process. What ended is there as "Z" until the system's first process, whose child it
+    became, asks for it: some do so after a minute only.
+    """
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name before it may hold spaces and brackets.
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            yield state, int(group)
 
 
 def _commits(root: Path) -> dict[Path, int]:
