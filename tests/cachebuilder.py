@@ -23,7 +23,7 @@ from fcache.cache_spec import (
     index_arrays,
 )
 from fcache.cache_spec.layout import FEATURES
-from fcache.cache_spec.order import generator
+from fcache.cache_spec.streams.order import generator
 from fcache.cache_spec.tables import FittedTables, fitted_groups, fitted_levels, read_tables, write_tables
 
 LEVELS = (LevelSpec("level-4", "C H W", (3, 8, 8), 4), LevelSpec("level-8", "C H W", (5, 4, 4), 8))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fcache.cache_spec.order import span
+from fcache.cache_spec.streams.order import span
 from storage.formats import as_levels
 from storage.ours import cache_batches
 from storage.peers import PEERS

@@ -1,6 +1,5 @@
 """The cache: identity, arrays, encodings, views, writer and reader. The contract between extractor and heads."""
 
-from fcache.cache_spec.access import ReadOptions as ReadOptions
 from fcache.cache_spec.arrays import ArraySpec as ArraySpec
 from fcache.cache_spec.block import Block as Block
 from fcache.cache_spec.block import BlockSource as BlockSource
@@ -17,8 +16,6 @@ from fcache.cache_spec.errors import IncompleteError as IncompleteError
 from fcache.cache_spec.errors import NoSpaceError as NoSpaceError
 from fcache.cache_spec.errors import SpecError as SpecError
 from fcache.cache_spec.errors import unknown_name as unknown_name
-from fcache.cache_spec.following import FollowingSource as FollowingSource
-from fcache.cache_spec.following import follow_source as follow_source
 from fcache.cache_spec.identity import canonical_json as canonical_json
 from fcache.cache_spec.identity import digest as digest
 from fcache.cache_spec.identity import first_difference as first_difference
@@ -27,26 +24,29 @@ from fcache.cache_spec.identity import to_json as to_json
 from fcache.cache_spec.layout import Group as Group
 from fcache.cache_spec.layout import Manifest as Manifest
 from fcache.cache_spec.layout import Shard as Shard
-from fcache.cache_spec.order import parse_fraction as parse_fraction
-from fcache.cache_spec.order import subset_ids as subset_ids
 from fcache.cache_spec.reader import CacheReader as CacheReader
 from fcache.cache_spec.reader import open_cache as open_cache
-from fcache.cache_spec.source import CacheSource as CacheSource
-from fcache.cache_spec.source import StreamConfig as StreamConfig
-from fcache.cache_spec.source import open_source as open_source
+from fcache.cache_spec.reading.access import ReadOptions as ReadOptions
 from fcache.cache_spec.spec import BackboneSpec as BackboneSpec
 from fcache.cache_spec.spec import FeatureSpec as FeatureSpec
 from fcache.cache_spec.spec import LevelSpec as LevelSpec
 from fcache.cache_spec.spec import SplitRecipe as SplitRecipe
 from fcache.cache_spec.spec import TargetSpec as TargetSpec
 from fcache.cache_spec.spec import targets_key as targets_key
-from fcache.cache_spec.storage import Storage as Storage
-from fcache.cache_spec.storage import open_storage as open_storage
+from fcache.cache_spec.storage.protocol import Storage as Storage
+from fcache.cache_spec.storage.protocol import open_storage as open_storage
+from fcache.cache_spec.streams.following import FollowingSource as FollowingSource
+from fcache.cache_spec.streams.following import follow_source as follow_source
+from fcache.cache_spec.streams.order import parse_fraction as parse_fraction
+from fcache.cache_spec.streams.order import subset_ids as subset_ids
+from fcache.cache_spec.streams.source import CacheSource as CacheSource
+from fcache.cache_spec.streams.source import StreamConfig as StreamConfig
+from fcache.cache_spec.streams.source import open_source as open_source
 from fcache.cache_spec.targets import IGNORE as IGNORE
-from fcache.cache_spec.verify import Fault as Fault
-from fcache.cache_spec.verify import Verified as Verified
-from fcache.cache_spec.verify import make_pending as make_pending
-from fcache.cache_spec.verify import verify as verify
+from fcache.cache_spec.upkeep.verify import Fault as Fault
+from fcache.cache_spec.upkeep.verify import Verified as Verified
+from fcache.cache_spec.upkeep.verify import make_pending as make_pending
+from fcache.cache_spec.upkeep.verify import verify as verify
 from fcache.cache_spec.view import View as View
 from fcache.cache_spec.writer import CacheWriter as CacheWriter
 from fcache.cache_spec.writer import ShardWriter as ShardWriter

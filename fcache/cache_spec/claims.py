@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fcache.cache_spec.errors import DataError
-from fcache.cache_spec.files import process_alive
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.files import process_alive
+from fcache.cache_spec.storage.protocol import Storage
 
 STALE_SECONDS = 120.0
 LOCK_WAIT_SECONDS = 600.0

@@ -13,7 +13,7 @@ from fcache.cache_spec.errors import CorruptError
 from fcache.cache_spec.identity import canonical_json, digest, digest_of_data, from_json, to_json
 from fcache.cache_spec.layout import FEATURES, Shard
 from fcache.cache_spec.names import Names
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 
 TOGETHER = 256
 

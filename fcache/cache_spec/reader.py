@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fcache.cache_spec.access import ArrayAccess, OpenShards, ReadOptions
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.block import SourceInfo
 from fcache.cache_spec.commits import each_commit
@@ -18,8 +17,9 @@ from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import CorruptError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
+from fcache.cache_spec.reading.access import ArrayAccess, OpenShards, ReadOptions
 from fcache.cache_spec.spec import LevelSpec
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.cache_spec.tables import FittedTables, read_tables
 

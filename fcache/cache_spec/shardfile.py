@@ -13,8 +13,8 @@ from numcodecs.zstd import Zstd
 
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import begin_writing
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.files import begin_writing
+from fcache.cache_spec.storage.protocol import Storage
 
 ABSENT = 2**64 - 1
 ZSTD = Zstd(level=1)
@@ -180,12 +180,17 @@ def parse_index(raw: bytes, slots: int, size: int, name: str) -> np.ndarray:
 
 
 def decode_zstd(frame: np.ndarray, out: np.ndarray, name: str) -> None:
-    """Decompresses `frame` into `out` (both uint8). Raises CorruptError if it does not hold exactly that much."""
+    """Decompresses `frame` into `out` (both uint8).
+
+    Raises CorruptError if it does not hold exactly that much, MemoryError if there is none for the decoder.
+    """
     try:
         size = _content_size(frame[:14].tobytes())
         if size == len(out):
             ZSTD.decode(frame, out)
     except (IndexError, RuntimeError, ValueError) as e:
+        if "not enough memory" in str(e):
+            raise MemoryError(f"{name}: no memory to decompress a record") from e
         raise CorruptError(f"{name}: a record is damaged ({e}); run `fcache repair`") from e
     if size != len(out):
         raise CorruptError(f"{name}: a record decodes to {size} bytes, expected {len(out)}; run `fcache repair`")

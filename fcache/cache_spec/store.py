@@ -16,7 +16,7 @@ from fcache.cache_spec.layout import FORMAT, Group, Manifest, grow_group, new_gr
 from fcache.cache_spec.names import Names
 from fcache.cache_spec.shardfile import array_metadata
 from fcache.cache_spec.spec import FeatureSpec, TargetSpec, targets_key
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 
 ROOT = "zarr.json"
 MANIFESTS = "manifest"

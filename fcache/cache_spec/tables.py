@@ -15,7 +15,7 @@ from fcache.cache_spec.errors import CorruptError, IncompatibleError
 from fcache.cache_spec.identity import canonical_json, digest, from_json, to_json
 from fcache.cache_spec.layout import FEATURES, Group, Manifest
 from fcache.cache_spec.spec import LevelSpec
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 from fcache.cache_spec.store import GROUP_NODE
 
 FOLDER = "tables"

@@ -8,8 +8,8 @@ import numpy as np
 from fcache.cache_spec.block import Block, CodedLevel, SourceInfo
 from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import SpecError
-from fcache.cache_spec.order import span
 from fcache.cache_spec.spec import BackboneSpec, FeatureSpec, LevelSpec, SplitRecipe, TargetSpec
+from fcache.cache_spec.streams.order import span
 from fcache.cache_spec.view import View
 
 TargetArrays = Mapping[str, "np.ndarray | Sequence[np.ndarray]"]

@@ -13,7 +13,7 @@ from fcache.cache_spec.commits import Commit, commit_path, find_commit, run_fact
 from fcache.cache_spec.errors import CorruptError
 from fcache.cache_spec.layout import FEATURES, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import ShardFile, shard_key
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import committed_shards, create_or_grow
 from fcache.cache_spec.view import View
 

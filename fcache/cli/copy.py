@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from fcache.cache_spec.copying import CopyProgress
+    from fcache.cache_spec.upkeep.copying import CopyProgress
 
 PARTIAL = 3
 SHOWN = 20
@@ -33,7 +33,7 @@ Exit status: 0 all is there, 3 shards are not committed at the source or being w
 def command(source: str, target: str, split: str | None, dry_run: bool) -> int:
     """Copy a cache between folders and object stores, each shard checked against its digest on the way."""
     from fcache.cache_spec import CorruptError
-    from fcache.cache_spec.copying import copy_cache, plan_copy
+    from fcache.cache_spec.upkeep.copying import copy_cache, plan_copy
     from fcache.cli.job import words
     from fcache.cli.progress import Progress, size
 

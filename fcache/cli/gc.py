@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from fcache.cache_spec.cleaning import Garbage
-    from fcache.cache_spec.superseding import Superseded
+    from fcache.cache_spec.upkeep.cleaning import Garbage
+    from fcache.cache_spec.upkeep.superseding import Superseded
 
 
 @click.command(
@@ -32,8 +32,8 @@ it is removed only with --superseded, after every byte of the other one was chec
 def command(path: str, apply: bool, superseded: bool, as_json: bool) -> int:
     """List what nothing needs in a cache, or in all caches of a folder, with its bytes; --apply removes it."""
     from fcache.cache_spec import FcacheError, SpecError
-    from fcache.cache_spec.cleaning import find_garbage, remove_garbage
-    from fcache.cache_spec.superseding import find_caches, find_superseded, remove_superseded
+    from fcache.cache_spec.upkeep.cleaning import find_garbage, remove_garbage
+    from fcache.cache_spec.upkeep.superseding import find_caches, find_superseded, remove_superseded
     from fcache.cli.progress import Progress
 
     if superseded and not apply:

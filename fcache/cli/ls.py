@@ -23,8 +23,8 @@ Examples:
 def command(folder: str, as_json: bool) -> None:
     """List the caches and runs below FOLDER (the current one by default, five levels deep), or below a URL."""
     from fcache.cache_spec import SpecError
-    from fcache.cache_spec.storage import is_url
-    from fcache.cache_spec.superseding import find_caches
+    from fcache.cache_spec.storage.protocol import is_url
+    from fcache.cache_spec.upkeep.superseding import find_caches
     from fcache.cli.progress import size
     from fcache.cli.tables import table
 

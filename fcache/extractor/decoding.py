@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fcache.cache_spec import DataError, View
-from fcache.cache_spec.files import process_alive
+from fcache.cache_spec.storage.files import process_alive
 from fcache.extractor.datasets import DatasetSplit
 from fcache.extractor.views import cut_view
 

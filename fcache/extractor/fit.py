@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fcache.cache_spec import CacheWriter, DataError, Group, find_encoding
-from fcache.cache_spec.order import subset_mask
+from fcache.cache_spec.streams.order import subset_mask
 from fcache.cache_spec.tables import FittedTables, fitted_groups, fitted_levels, read_tables, write_tables
 from fcache.extractor.decoding import Request
 from fcache.extractor.forward import features_of

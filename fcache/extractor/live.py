@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcache.cache_spec import Block, CodedLevel, DataError, Group, SourceInfo, View
 from fcache.cache_spec.layout import new_group
-from fcache.cache_spec.order import epoch_batches, span
+from fcache.cache_spec.streams.order import epoch_batches, span
 from fcache.extractor.backbones import Backbone
 from fcache.extractor.datasets import RawSample
 from fcache.extractor.decoding import Decoded, Request

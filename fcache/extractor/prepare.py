@@ -9,7 +9,7 @@ from typing import Any
 from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SplitRecipe, subset_ids, to_json
 from fcache.cache_spec.layout import choose_shard_records, record_bytes
 from fcache.cache_spec.names import Names
-from fcache.cache_spec.storage import open_storage
+from fcache.cache_spec.storage.protocol import open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.extractor.backbones import Backbone, load_backbone
 from fcache.extractor.datasets import DatasetSplit, open_split

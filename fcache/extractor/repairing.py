@@ -8,7 +8,7 @@ from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.cache_spec.layout import FEATURES, grow_group
 from fcache.cache_spec.names import Names
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import check_identity, preview, read_manifest, write_manifest
 from fcache.cache_spec.tables import read_tables
 from fcache.extractor.engine import ExtractResult, extract

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fcache.cache_spec import Block, CodedLevel, View
-from fcache.cache_spec.mapping import aligned_empty
+from fcache.cache_spec.reading.mapping import aligned_empty
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fcache.cache_spec import Block, CacheSource, CodedLevel, SourceInfo, SpecError
-from fcache.cache_spec.holding import HeldGroup, Ragged, hold, read_group
+from fcache.cache_spec.streams.holding import HeldGroup, Ragged, hold, read_group
 from fcache.heads.batches import target_device
 from fcache.heads.events import Report, SplitKept, silent
 

@@ -16,9 +16,9 @@ from s3server import make_bucket, s3_environment, s3_server
 
 from fcache.cache_spec import CorruptError, DataError, SpecError, open_cache, open_writer, verify
 from fcache.cache_spec.claims import Claims
-from fcache.cache_spec.cleaning import find_garbage, remove_garbage
-from fcache.cache_spec.storage import Storage, open_storage
-from fcache.cache_spec.superseding import Superseded, find_caches, find_superseded, remove_superseded
+from fcache.cache_spec.storage.protocol import Storage, open_storage
+from fcache.cache_spec.upkeep.cleaning import find_garbage, remove_garbage
+from fcache.cache_spec.upkeep.superseding import Superseded, find_caches, find_superseded, remove_superseded
 
 SMALL = manifest(group("train", 3), kinds=("semantic",))
 MANIFEST = manifest(group("train", 5, views=2), group("val/32x32", 3), kinds=("semantic", "class"))

@@ -36,10 +36,10 @@ from fcache.cache_spec import (
     verify,
 )
 from fcache.cache_spec.claims import Claims
-from fcache.cache_spec.copying import CopyProgress, copy_cache, plan_copy
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.cache_spec.tables import fitted_levels, read_tables, write_tables
+from fcache.cache_spec.upkeep.copying import CopyProgress, copy_cache, plan_copy
 
 GROUPS = (group("train", 5, views=2), group("val/32x32", 3))
 MANIFEST = manifest(*GROUPS, kinds=("semantic", "class"))
@@ -139,7 +139,7 @@ def test_a_copy_that_is_killed_continues(source: Storage, place: Place, kind: st
     local, there = place("folder"), place(kind)
     copy_cache(source, local)
     program = (
-        "import sys, time\nfrom fcache.cache_spec.copying import copy_cache\n"
+        "import sys, time\nfrom fcache.cache_spec.upkeep.copying import copy_cache\n"
         "def report(p): print(p.parts, flush=True); time.sleep(0.02)\n"
         f"copy_cache({local.url!r}, {there.url!r}, report=report)\n"
     )

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -24,8 +26,8 @@ from fcache.cache_spec import (
 )
 from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.cache_spec.layout import FEATURES
-from fcache.cache_spec.local import LocalStorage
 from fcache.cache_spec.shardfile import ZSTD, decode_zstd, index_bytes, parse_index
+from fcache.cache_spec.storage.local import LocalStorage
 
 KINDS = ("semantic", "instances")
 
@@ -350,6 +352,34 @@ def test_zstd_frames_decode_to_exactly_their_size(size):
     for cut in (0, 3, 4, 5, len(frame) - 1):
         with pytest.raises(CorruptError):
             decode_zstd(frame[:cut], out, "shard")
+
+
+WITHOUT_MEMORY = """
+import resource
+import numpy as np
+from fcache.cache_spec.shardfile import ZSTD, decode_zstd
+
+frame = np.frombuffer(ZSTD.encode(np.arange(60000, dtype=np.uint8)), dtype=np.uint8)
+out, kept, size = np.empty(60000, dtype=np.uint8), [], 1 << 20
+with open("/proc/self/statm") as file:
+    pages = int(file.read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+while size >= 1024:
+    try:
+        kept.append(bytearray(size))
+    except MemoryError:
+        size //= 2
+try:
+    decode_zstd(frame, out, "shard")
+except MemoryError as error:
+    kept.clear()
+    print(error)
+"""
+
+
+def test_a_decoder_without_memory_does_not_call_a_record_damaged():
+    found = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, check=True)
+    assert found.stdout == "shard: no memory to decompress a record\n"
 
 
 def test_every_error_of_a_cache_is_one_that_the_command_line_explains():

@@ -19,7 +19,7 @@ from fcache.cache_spec import (
     targets_key,
     verify,
 )
-from fcache.cache_spec.verify import Verified
+from fcache.cache_spec.upkeep.verify import Verified
 
 FORMATS = {n: Path(__file__).parents[1] / f"golden/format-{n}.fcache" for n in (1, 2)}
 GOLDEN = FORMATS[2]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fcache.cache_spec import IncompatibleError, IncompleteError, open_cache, open_writer, verify
 from fcache.cache_spec.layout import Extent, grow_group, new_group
-from fcache.cache_spec.local import LocalStorage
+from fcache.cache_spec.storage.local import LocalStorage
 
 
 def committed_files(root):

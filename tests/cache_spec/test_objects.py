@@ -17,12 +17,12 @@ import pytest
 from s3server import ENVIRONMENT, Proxy, ask, make_bucket, proxy, s3_environment, s3_server
 
 from fcache.cache_spec import DataError, SpecError
-from fcache.cache_spec.storage import open_storage
+from fcache.cache_spec.storage.protocol import open_storage
 
 pytest.importorskip("obstore")
 
-from fcache.cache_spec import objects
-from fcache.cache_spec.objects import CONCURRENT, ObjectStorage, open_objects
+from fcache.cache_spec.storage import objects
+from fcache.cache_spec.storage.objects import CONCURRENT, ObjectStorage, open_objects
 
 DATA = bytes(range(256)) * 40
 
@@ -90,7 +90,7 @@ def test_a_prefix_is_taken_as_it_is_written(network: Proxy, server: str) -> None
 def test_without_the_package_the_error_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['obstore'] = None\n"
-        "from fcache.cache_spec import SpecError\nfrom fcache.cache_spec.storage import open_storage\n"
+        "from fcache.cache_spec import SpecError\nfrom fcache.cache_spec.storage.protocol import open_storage\n"
         "try: open_storage('s3://bucket/x')\nexcept SpecError as e: print(e)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -319,7 +319,7 @@ def test_ages_are_the_store_s_when_the_clock_here_is_wrong(
 
 def test_an_unfinished_file_leaves_nothing_when_its_process_is_killed(storage: ObjectStorage, tmp_path: Path) -> None:
     program = (
-        "import sys, time\nfrom fcache.cache_spec.storage import open_storage\n"
+        "import sys, time\nfrom fcache.cache_spec.storage.protocol import open_storage\n"
         f"storage = open_storage({storage.url!r})\n"
         "file = storage.new_file('train/c.0'); file.write(bytes(20_000_000)); file.close()\n"
         "print('ready', flush=True); time.sleep(60)\n"

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcache.cache_spec import CorruptError, IncompleteError, SpecError, StreamConfig, open_source, open_writer
-from fcache.cache_spec.access import ArrayAccess, OpenShards, read_arrays
-from fcache.cache_spec.arrayfiles import ArrayFiles
 from fcache.cache_spec.arrays import ArraySpec
-from fcache.cache_spec.mapping import aligned_empty, map_file, on_disk, will_need
-from fcache.cache_spec.opened import open_local
 from fcache.cache_spec.reader import CacheReader
-from fcache.cache_spec.reading import ReadOptions
+from fcache.cache_spec.reading.access import ArrayAccess, OpenShards, read_arrays
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles
+from fcache.cache_spec.reading.mapping import aligned_empty, map_file, on_disk, will_need
+from fcache.cache_spec.reading.opened import open_local
+from fcache.cache_spec.reading.options import ReadOptions
 from fcache.cache_spec.shardfile import ABSENT, ZSTD, index_bytes, shard_key
-from fcache.cache_spec.storage import open_storage
+from fcache.cache_spec.storage.protocol import open_storage
 
 SLOTS = 4
 LOCAL = [ReadOptions(mode, ahead) for mode in ("mmap", "pread") for ahead in ("auto", "willneed", "none")]

@@ -15,8 +15,8 @@ from cachebuilder import assert_readable_is_exact, group, manifest, write_pendin
 
 from fcache.cache_spec import DataError, open_cache, open_writer, verify
 from fcache.cache_spec.claims import Claims
-from fcache.cache_spec.files import open_partial, process_alive, remove_orphans
-from fcache.cache_spec.local import LocalStorage
+from fcache.cache_spec.storage.files import open_partial, process_alive, remove_orphans
+from fcache.cache_spec.storage.local import LocalStorage
 
 # Claims, writes and commits until nothing is pending; prints the shards that it wrote.
 WORKER = """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from s3server import make_bucket, s3_environment, s3_server
 
 from fcache.cache_spec import CorruptError, SpecError
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 
 KINDS = ("folder", "s3", "memory")
 THREADS = 8

@@ -24,7 +24,7 @@ from fcache.cache_spec import (
     parse_fraction,
     subset_ids,
 )
-from fcache.cache_spec.order import epoch_batches, num_batches
+from fcache.cache_spec.streams.order import epoch_batches, num_batches
 
 KINDS = ("semantic", "instances")
 

@@ -20,7 +20,7 @@ from s3server import ENVIRONMENT, Proxy, make_bucket, proxy, s3_environment, s3_
 pytest.importorskip("obstore")
 
 from fcache.cache_spec import StreamConfig, open_cache, open_source, open_storage, verify
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 from fcache.cli import main
 from fcache.extractor import write_scenes
 

@@ -17,7 +17,7 @@ from fcache.cache_spec import (
     open_source,
     open_writer,
 )
-from fcache.cache_spec.holding import HeldFiller, hold
+from fcache.cache_spec.streams.holding import HeldFiller, hold
 from fcache.heads import ResidentSource, events, make_resident, resident, to_batch
 
 KINDS = ("semantic", "instances")

@@ -12,7 +12,7 @@ from cachebuilder import group, manifest, snapshot, write_pending
 from fcache.cache_spec import FcacheError, make_pending, open_writer, verify
 from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.shardfile import index_size
-from fcache.cache_spec.storage import open_storage
+from fcache.cache_spec.storage.protocol import open_storage
 from tests.torture.caches import contents, numbers
 
 KINDS = ("class", "semantic", "instances")

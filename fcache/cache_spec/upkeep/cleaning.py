@@ -14,10 +14,10 @@ from typing import Any
 from fcache.cache_spec.claims import LOCK, Claims, claim_folder, holder_died
 from fcache.cache_spec.commits import commit_path
 from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.files import ORPHAN_SECONDS, process_alive
 from fcache.cache_spec.layout import Group, Manifest, part_arrays
 from fcache.cache_spec.shardfile import shard_key
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.files import ORPHAN_SECONDS, process_alive
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import MANIFESTS, NAMED, ROOT, read_manifest, zarr_nodes
 
 SHARD = re.compile(r"c\.(\d+)(\.0)*")

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 
-from fcache.cache_spec.arrayfiles import ArrayFiles, check_digest, check_table, missing
 from fcache.cache_spec.errors import CorruptError, DataError
-from fcache.cache_spec.files import read_exactly, unreadable
-from fcache.cache_spec.mapping import map_file, on_disk, will_need
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles, check_digest, check_table, missing
+from fcache.cache_spec.reading.mapping import map_file, on_disk, will_need
 from fcache.cache_spec.shardfile import ABSENT, index_size, parse_index
+from fcache.cache_spec.storage.files import read_exactly, unreadable
 
 # Read at a time while a whole file is digested: it stays in the second-level cache, and hashing releases the GIL.
 DIGEST_BYTES = 1 << 19

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcache.cache_spec.errors import CorruptError
-from fcache.cache_spec.files import (
+from fcache.cache_spec.storage.files import (
     explained,
     make_folders,
     open_partial,
@@ -25,7 +25,7 @@ from fcache.cache_spec.files import (
     write_all,
     write_durably,
 )
-from fcache.cache_spec.storage import Range, checked
+from fcache.cache_spec.storage.protocol import Range, checked
 
 # File systems without hard links.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

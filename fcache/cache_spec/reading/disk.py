@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fcache.cache_spec.arrayfiles import check_table
-from fcache.cache_spec.held import HeldTable
-from fcache.cache_spec.mapping import copy_all, copy_words
-from fcache.cache_spec.opened import OpenShard
-from fcache.cache_spec.places import Wanted
+from fcache.cache_spec.reading.arrayfiles import check_table
+from fcache.cache_spec.reading.held import HeldTable
+from fcache.cache_spec.reading.mapping import copy_all, copy_words
+from fcache.cache_spec.reading.opened import OpenShard
+from fcache.cache_spec.reading.places import Wanted
+from fcache.cache_spec.reading.shardpool import OpenShards
 from fcache.cache_spec.shardfile import decode_zstd
-from fcache.cache_spec.shardpool import OpenShards
 
 # Records of a batch that are asked whether they are in memory: some microseconds.
 SAMPLED = 4

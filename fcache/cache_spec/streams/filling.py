@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fcache.cache_spec.access import ArrayAccess, read_arrays
 from fcache.cache_spec.block import Block, CodedLevel
 from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import CorruptError, SpecError
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.reader import CacheReader, GroupRecords, check_count
+from fcache.cache_spec.reading.access import ArrayAccess, read_arrays
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.view import View
 

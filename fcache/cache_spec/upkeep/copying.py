@@ -11,14 +11,14 @@ import numpy as np
 
 from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.commits import commit_path, parse_commit
-from fcache.cache_spec.copy_plan import CopyPlan, Job, check_fits, check_tables, merged, opened, plan_shards
 from fcache.cache_spec.errors import CorruptError, NoSpaceError
 from fcache.cache_spec.layout import Manifest
-from fcache.cache_spec.storage import NewFile, Storage
+from fcache.cache_spec.storage.protocol import NewFile, Storage
 from fcache.cache_spec.store import write_manifest
 from fcache.cache_spec.tables import COMMIT as TABLES
 from fcache.cache_spec.tables import table_files
-from fcache.cache_spec.verify import Fault
+from fcache.cache_spec.upkeep.copy_plan import CopyPlan, Job, check_fits, check_tables, merged, opened, plan_shards
+from fcache.cache_spec.upkeep.verify import Fault
 
 WORKERS = 4
 # Read together, to hide latency: 16 MB of memory a worker.

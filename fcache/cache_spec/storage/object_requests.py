@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import obstore
 
 from fcache.cache_spec.errors import DataError
-from fcache.cache_spec.object_errors import explained, is_lost, is_past_the_end, is_refused, is_unknown
-from fcache.cache_spec.storage import checked
+from fcache.cache_spec.storage.object_errors import explained, is_lost, is_past_the_end, is_refused, is_unknown
+from fcache.cache_spec.storage.protocol import checked
 
 # Pauses double from the first to the last, with jitter.
 RETRIES = 10

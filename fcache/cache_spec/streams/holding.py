@@ -7,9 +7,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from fcache.cache_spec.block import Block, CodedLevel
-from fcache.cache_spec.filling import Allocate, Buffers, Frame, GroupFiller, buffer
 from fcache.cache_spec.reader import GroupRecords
-from fcache.cache_spec.source import CacheSource
+from fcache.cache_spec.streams.filling import Allocate, Buffers, Frame, GroupFiller, buffer
+from fcache.cache_spec.streams.source import CacheSource
 
 W = TypeVar("W")
 # (the array until now or None, its name, a part of it, where that begins, how long the whole is) -> the array with it.

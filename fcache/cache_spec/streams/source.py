@@ -11,12 +11,12 @@ import numpy as np
 
 from fcache.cache_spec.block import Block, SourceInfo
 from fcache.cache_spec.errors import IncompleteError, SpecError, unknown_name
-from fcache.cache_spec.filling import Allocate, Buffers, Filler, Frame, group_filler
 from fcache.cache_spec.layout import Group
-from fcache.cache_spec.mapping import aligned_empty
-from fcache.cache_spec.order import epoch_batches, num_batches, span, subset_mask
 from fcache.cache_spec.reader import CacheReader, GroupRecords
+from fcache.cache_spec.reading.mapping import aligned_empty
 from fcache.cache_spec.spec import LevelSpec
+from fcache.cache_spec.streams.filling import Allocate, Buffers, Filler, Frame, group_filler
+from fcache.cache_spec.streams.order import epoch_batches, num_batches, span, subset_mask
 
 Fill = Callable[[], Block[np.ndarray]]
 Ring = deque[tuple[str, Buffers]]

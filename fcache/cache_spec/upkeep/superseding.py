@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from fcache.cache_spec.claims import LOCK, Claims
-from fcache.cache_spec.cleaning import find_garbage, in_use
 from fcache.cache_spec.commits import each_commit
 from fcache.cache_spec.errors import CorruptError, DataError, FcacheError, IncompatibleError, SpecError
-from fcache.cache_spec.files import remove_if_empty
 from fcache.cache_spec.layout import Group, Manifest
-from fcache.cache_spec.storage import Storage, is_url, open_storage
+from fcache.cache_spec.storage.files import remove_if_empty
+from fcache.cache_spec.storage.protocol import Storage, is_url, open_storage
 from fcache.cache_spec.store import ROOT, read_manifest
 from fcache.cache_spec.tables import read_tables
-from fcache.cache_spec.verify import verify
+from fcache.cache_spec.upkeep.cleaning import find_garbage, in_use
+from fcache.cache_spec.upkeep.verify import verify
 
 DEPTH = 5
 

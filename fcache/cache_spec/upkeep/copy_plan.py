@@ -10,11 +10,11 @@ from fcache.cache_spec.errors import CorruptError, IncompatibleError, SpecError
 from fcache.cache_spec.identity import first_difference
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import shard_key
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import check_identity, is_cache, read_manifest
 from fcache.cache_spec.tables import COMMIT as TABLES
 from fcache.cache_spec.tables import table_files
-from fcache.cache_spec.verify import Fault
+from fcache.cache_spec.upkeep.verify import Fault
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import CorruptError, DataError, IncompatibleError
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
-from fcache.cache_spec.storage import Storage, open_storage
+from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import GROUP_NODE, ROOT, read_manifest, zarr_nodes
 from fcache.cache_spec.tables import read_tables, table_files
 

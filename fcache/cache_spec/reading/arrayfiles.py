@@ -8,7 +8,7 @@ import numpy as np
 from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.errors import CorruptError, IncompleteError
 from fcache.cache_spec.shardfile import shard_key
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from fcache.cache_spec.arrayfiles import ArrayFiles, check_digest, check_table, missing
-from fcache.cache_spec.held import HeldTable
-from fcache.cache_spec.opened import OpenShard
-from fcache.cache_spec.places import Wanted
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles, check_digest, check_table, missing
+from fcache.cache_spec.reading.held import HeldTable
+from fcache.cache_spec.reading.opened import OpenShard
+from fcache.cache_spec.reading.places import Wanted
+from fcache.cache_spec.reading.shardpool import OpenShards
 from fcache.cache_spec.shardfile import decode_zstd, index_size, parse_index
-from fcache.cache_spec.shardpool import OpenShards
-from fcache.cache_spec.storage import Range, Storage
+from fcache.cache_spec.storage.protocol import Range, Storage
 
 # Of an object while its digest is compared: 32 MB of memory.
 PIECE_BYTES = 8 << 20

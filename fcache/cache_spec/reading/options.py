@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcache.cache_spec.errors import SpecError
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.storage.protocol import Storage
 
 MODES = ("auto", "mmap", "pread")
 AHEAD = ("auto", "willneed", "none")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fcache.cache_spec.arrayfiles import ArrayFiles
-from fcache.cache_spec.held import HeldTable
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles
+from fcache.cache_spec.reading.held import HeldTable
 
 Span = int | slice
 

@@ -6,11 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from fcache.cache_spec.arrayfiles import ArrayFiles
-from fcache.cache_spec.mapping import PAGE
-from fcache.cache_spec.opened import OpenShard, open_local
-from fcache.cache_spec.reading import ReadOptions, choose_mode
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles
+from fcache.cache_spec.reading.mapping import PAGE
+from fcache.cache_spec.reading.opened import OpenShard, open_local
+from fcache.cache_spec.reading.options import ReadOptions, choose_mode
+from fcache.cache_spec.storage.protocol import Storage
 
 # Half of vm.max_map_count (65530).
 OPEN_MAPS = 32768

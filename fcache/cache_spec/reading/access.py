@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fcache.cache_spec.arrayfiles import ArrayFiles
 from fcache.cache_spec.arrays import ArraySpec
-from fcache.cache_spec.disk import read_files
-from fcache.cache_spec.held import HELD_RECORD_BYTES, HeldTable
-from fcache.cache_spec.places import Places, Wanted, find_places
-from fcache.cache_spec.ranges import read_objects
-from fcache.cache_spec.reading import ReadOptions as ReadOptions
-from fcache.cache_spec.shardpool import OpenShards as OpenShards
-from fcache.cache_spec.storage import Storage
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles
+from fcache.cache_spec.reading.disk import read_files
+from fcache.cache_spec.reading.held import HELD_RECORD_BYTES, HeldTable
+from fcache.cache_spec.reading.options import ReadOptions as ReadOptions
+from fcache.cache_spec.reading.places import Places, Wanted, find_places
+from fcache.cache_spec.reading.ranges import read_objects
+from fcache.cache_spec.reading.shardpool import OpenShards as OpenShards
+from fcache.cache_spec.storage.protocol import Storage
 
 
 class ArrayAccess:

@@ -12,7 +12,7 @@ from fcache.cache_spec.errors import IncompatibleError, IncompleteError, SpecErr
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.reader import CacheReader
-from fcache.cache_spec.source import CacheSource, StreamConfig, choose_levels
+from fcache.cache_spec.streams.source import CacheSource, StreamConfig, choose_levels
 
 Shards = Mapping[str, tuple[int, ...]]
 

@@ -134,11 +134,11 @@ def open_storage(where: "Path | str | Storage") -> Storage:
     if not isinstance(where, (Path, str)):
         return where
     if is_url(where):
-        from fcache.cache_spec.objects import open_objects
+        from fcache.cache_spec.storage.objects import open_objects
 
         return open_objects(str(where))
     if str(where).startswith("s3:"):
         raise SpecError(f"an object store is written s3://bucket/prefix, got {where}")
-    from fcache.cache_spec.local import LocalStorage
+    from fcache.cache_spec.storage.local import LocalStorage
 
     return LocalStorage(Path(where))

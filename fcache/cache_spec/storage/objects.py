@@ -19,17 +19,17 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 
 from fcache.cache_spec.errors import CorruptError, DataError, SpecError
-from fcache.cache_spec.files import ORPHAN_SECONDS, process_alive
-from fcache.cache_spec.storage import Range, checked
+from fcache.cache_spec.storage.files import ORPHAN_SECONDS, process_alive
+from fcache.cache_spec.storage.protocol import Range, checked
 
 try:
     from obstore.store import MemoryStore, from_url
 except ModuleNotFoundError:
     raise SpecError("object stores need the package obstore: pip install 'fcache[s3]'") from None
 
-from fcache.cache_spec.object_errors import explained
-from fcache.cache_spec.object_files import ObjectFile
-from fcache.cache_spec.object_requests import FIRST_PAUSE, LAST_PAUSE, RETRIES, RETRY_SECONDS, Counts, Requests
+from fcache.cache_spec.storage.object_errors import explained
+from fcache.cache_spec.storage.object_files import ObjectFile
+from fcache.cache_spec.storage.object_requests import FIRST_PAUSE, LAST_PAUSE, RETRIES, RETRY_SECONDS, Counts, Requests
 
 SCHEMES = ("s3", "gs", "az", "memory")
 # Requests in flight of one storage: 20 ms of latency cost 0.3 ms a request.

@@ -5,8 +5,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 from fcache.cache_spec.errors import DataError, NoSpaceError
-from fcache.cache_spec.files import FULL, write_all
-from fcache.cache_spec.object_requests import Requests
+from fcache.cache_spec.storage.files import FULL, write_all
+from fcache.cache_spec.storage.object_requests import Requests
 
 
 class ObjectFile:

@@ -1,0 +1,1 @@
+"""Reading records: out of maps, by position, or as ranges of objects."""

@@ -1,0 +1,1 @@
+"""Where caches lie: folders of this machine, and object stores."""

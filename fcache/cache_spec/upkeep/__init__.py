@@ -1,0 +1,1 @@
+"""Caches looked after: checked, copied, cleaned."""
