@@ -18,6 +18,7 @@ from fcache.cache_spec.errors import CorruptError, IncompleteError, unknown_name
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, part_arrays
 from fcache.cache_spec.reading.access import ArrayAccess, OpenShards, ReadOptions
+from fcache.cache_spec.reading.arrayfiles import ArrayFiles
 from fcache.cache_spec.spec import LevelSpec
 from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import read_manifest
@@ -123,13 +124,9 @@ class CacheReader:
                 arrays = part_arrays(group, part)
                 if path not in arrays:
                     raise unknown_name("array", path, arrays)
-                folder, spec = f"{group.path}/{path}", arrays[path]
-                committed = self.committed(group, part)
-                files = committed.files[path]
-                sizes = {i: (int(files.sizes[i]), files.digests[i].tobytes().hex()) for i in committed}
-                self._access[key] = ArrayAccess(
-                    self.storage, folder, spec, shard_records=group.shard_records, sizes=sizes, shards=self._shards
-                )
+                folder, committed = f"{group.path}/{path}", self.committed(group, part).files[path]
+                files = ArrayFiles(self.storage, folder, arrays[path], group.shard_records, committed)
+                self._access[key] = ArrayAccess(files, self._shards)
             return self._access[key]
 
     def tables(self, group: Group) -> Mapping[str, Mapping[str, np.ndarray]]:

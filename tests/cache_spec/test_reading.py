@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fcache.cache_spec import CorruptError, IncompleteError, SpecError, StreamConfig, open_source, open_writer
 from fcache.cache_spec.arrays import ArraySpec
+from fcache.cache_spec.committed import Files
 from fcache.cache_spec.reader import CacheReader
 from fcache.cache_spec.reading.access import ArrayAccess, OpenShards, read_arrays
 from fcache.cache_spec.reading.arrayfiles import ArrayFiles
@@ -54,7 +55,7 @@ def number(record, spec):
 
 
 def write_array(root, spec, records, *, slots=SLOTS):
-    """Shard files with these records, stored in this order; returns sizes as a commit has them."""
+    """Shard files with these records, stored in this order; returns (bytes, SHA-256) by shard."""
     (root / spec.path).mkdir(parents=True, exist_ok=True)
     sizes = {}
     for shard in {r // slots for r in records}:
@@ -68,12 +69,19 @@ def write_array(root, spec, records, *, slots=SLOTS):
             table[record % slots] = number(record, spec)
         body = table.tobytes() if spec.layout == "table" else body + index_bytes(index)
         (root / spec.path / shard_key(spec, shard)).write_bytes(body)
-        sizes[shard] = len(body), hashlib.sha256(body).hexdigest()
+        sizes[shard] = len(body), hashlib.sha256(body).digest()
     return sizes
 
 
+def committed(files):
+    found = Files(np.full(max(files) + 1, -1), np.zeros((max(files) + 1, 32), dtype=np.uint8))
+    for shard, (size, digest) in files.items():
+        found.sizes[shard], found.digests[shard] = size, np.frombuffer(digest, dtype=np.uint8)
+    return found
+
+
 def access_to(storage, spec, sizes, shards, *, slots=SLOTS):
-    return ArrayAccess(storage, spec.path, spec, shard_records=slots, sizes=sizes, shards=shards)
+    return ArrayAccess(ArrayFiles(storage, spec.path, spec, slots, committed(sizes)), shards)
 
 
 def open_arrays(where, arrays, options, *, slots=SLOTS):
@@ -299,9 +307,8 @@ def test_what_is_asked_for_ahead_comes_into_memory_without_being_touched(tmp_pat
 @pytest.mark.parametrize("mode", ["mmap", "pread"])
 def test_a_file_tells_whether_a_record_is_in_memory(tmp_path, mode):
     spec = ArraySpec("a", "uint8", (1 << 18,))
-    ((size, digest),) = write_array(tmp_path, spec, range(SLOTS)).values()
-    sizes = np.asarray([size])
-    files = ArrayFiles(open_storage(tmp_path), "a", str(tmp_path / "a"), spec, SLOTS, sizes, {0: digest})
+    sizes = write_array(tmp_path, spec, range(SLOTS))
+    files = ArrayFiles(open_storage(tmp_path), "a", spec, SLOTS, committed(sizes))
     file = open_local(files, 0, mode, fall_back=False, digested=None)
     # After it was opened: reading its index may bring neighbours into memory.
     drop(tmp_path / "a" / shard_key(spec, 0))

@@ -28,6 +28,9 @@ def limit_files(more):
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, hard))
 
 
+# glibc ends a process that starts a thread and has no memory for its data: "cannot allocate memory for thread-local
+# data: ABORT".
+NO_THREAD = 127
 LIMITS = {"descriptors": limit_files, "bytes": limit_memory}
 
 
@@ -80,6 +83,9 @@ def test_reading_with_few_descriptors_or_little_memory_gives_numbers_or_says_so(
         for more in amounts:
             for mode in ("mmap", "pread"):
                 ended = run_child(read_limited, cache, truth, limit, more, mode, seconds=60)
+                if limit == "bytes" and ended.status == NO_THREAD:
+                    counts["bytes: ended by the C library, which said so"] += 1
+                    continue
                 assert ended.status == 0, f"{more} more {limit}, {mode}: {ended.error}"
                 for found in ended.value:
                     counts[f"{limit}: {found.split(':')[0]}"] += 1

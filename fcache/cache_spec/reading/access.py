@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fcache.cache_spec.arrays import ArraySpec
 from fcache.cache_spec.reading.arrayfiles import ArrayFiles
 from fcache.cache_spec.reading.disk import read_files
 from fcache.cache_spec.reading.held import HELD_RECORD_BYTES, HeldTable
@@ -12,38 +11,17 @@ from fcache.cache_spec.reading.options import ReadOptions as ReadOptions
 from fcache.cache_spec.reading.places import Places, Wanted, find_places
 from fcache.cache_spec.reading.ranges import read_objects
 from fcache.cache_spec.reading.shardpool import OpenShards as OpenShards
-from fcache.cache_spec.storage.protocol import Storage
 
 
 class ArrayAccess:
-    """Reads records of one array of one group into buffers; safe to use from several threads.
+    """Reads records of one array of one group into buffers; safe to use from several threads."""
 
-    `sizes` are the committed shards with the bytes and the SHA-256 of their files.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        folder: str,
-        spec: ArraySpec,
-        *,
-        shard_records: int,
-        sizes: dict[int, tuple[int, str]],
-        shards: OpenShards,
-    ) -> None:
-        self.spec, self.dtype = spec, np.dtype(spec.dtype)
-        self.pool = shards
-        found = np.full(max(sizes, default=-1) + 1, -1, dtype=np.int64)
-        for shard, (size, _) in sizes.items():
-            found[shard] = size
-        base = storage.path(folder)
-        # Kept only where they are compared: 64 characters a file.
-        wanted = shards.digested is not None or (base is None and spec.layout == "table")
-        digests = {shard: digest for shard, (_, digest) in sizes.items()} if wanted else {}
-        self.files = ArrayFiles(storage, folder, "" if base is None else str(base), spec, shard_records, found, digests)
+    def __init__(self, files: ArrayFiles, shards: OpenShards) -> None:
+        self.files, self.pool = files, shards
+        self.spec, self.dtype = files.spec, np.dtype(files.spec.dtype)
         self.held: HeldTable | None = None
-        if spec.layout == "table" and (base is None or spec.record_bytes <= HELD_RECORD_BYTES):
-            self.held = HeldTable(spec, shard_records, len(found), shards.reserve)
+        if self.spec.layout == "table" and (not files.base or self.spec.record_bytes <= HELD_RECORD_BYTES):
+            self.held = HeldTable(self.spec, files.slots, len(files.committed.sizes), shards.reserve)
 
     def read_into(self, records: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         """Copies records into the rows of `out`; see `read_arrays`."""

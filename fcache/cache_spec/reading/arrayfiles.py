@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from fcache.cache_spec.arrays import ArraySpec
+from fcache.cache_spec.committed import Files
 from fcache.cache_spec.errors import CorruptError, IncompleteError
 from fcache.cache_spec.shardfile import shard_key
 from fcache.cache_spec.storage.protocol import Storage
@@ -13,18 +14,19 @@ from fcache.cache_spec.storage.protocol import Storage
 
 @dataclass(frozen=True)
 class ArrayFiles:
-    """The shard files of one array: `sizes` [shards] in bytes, -1 without a commit; `digests` their SHA-256.
-
-    `base` is the array's folder on this machine, "" on an object store; `slots` are the records of a shard.
-    """
+    """The shard files of one array in its folder below the cache, of `slots` records each."""
 
     storage: Storage
     folder: str
-    base: str
     spec: ArraySpec
     slots: int
-    sizes: np.ndarray
-    digests: dict[int, str]
+    committed: Files
+
+    @cached_property
+    def base(self) -> str:
+        """The folder on this machine, "" on an object store."""
+        path = self.storage.path(self.folder)
+        return "" if path is None else str(path)
 
     @cached_property
     def record_bytes(self) -> int:
@@ -38,10 +40,11 @@ class ArrayFiles:
 
     def size(self, shard: int) -> int:
         """A file's committed bytes. Raises IncompleteError without a commit."""
-        if not 0 <= shard < len(self.sizes) or self.sizes[shard] < 0:
+        sizes = self.committed.sizes
+        if not 0 <= shard < len(sizes) or sizes[shard] < 0:
             where = self.base or f"{self.storage.url}/{self.folder}"
             raise IncompleteError(f"shard {shard} of {where} is not committed; run the same `fcache extract`")
-        return int(self.sizes[shard])
+        return int(sizes[shard])
 
     def name(self, shard: int) -> str:
         """A file's name below the cache."""
@@ -64,7 +67,7 @@ def check_table(files: ArrayFiles, shard: int) -> None:
         raise CorruptError(f"{files.shown(shard)} has {found} bytes, its array has {expected}; run `fcache repair`")
 
 
-def check_digest(name: str, expected: str, found: str) -> None:
-    """Raises CorruptError if a file's SHA-256 is not the commit's."""
-    if found != expected:
-        raise CorruptError(f"{name}: its SHA-256 differs from its commit; run `fcache repair`")
+def check_digest(files: ArrayFiles, shard: int, found: bytes) -> None:
+    """Raises CorruptError if the SHA-256 of a file is not the commit's."""
+    if found != files.committed.digests[shard].tobytes():
+        raise CorruptError(f"{files.shown(shard)}: its SHA-256 differs from its commit; run `fcache repair`")

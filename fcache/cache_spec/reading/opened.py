@@ -148,7 +148,7 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
             raise CorruptError(f"{name} has {status.st_size} bytes, its commit says {expected}; run `fcache repair`")
         version = hash((name, status.st_ino, status.st_mtime_ns))
         if digested is not None and version not in digested:
-            check_digest(name, files.digests[shard], digest_of(fd))
+            check_digest(files, shard, digest_of(fd))
             digested.add(version)
         index = None
         if files.spec.layout == "sharded":
@@ -177,10 +177,10 @@ def open_local(files: ArrayFiles, shard: int, mode: str, *, fall_back: bool, dig
             os.close(fd)
 
 
-def digest_of(fd: int) -> str:
+def digest_of(fd: int) -> bytes:
     """SHA-256 of a file of this machine, read from its start."""
     found, buffer, done = hashlib.sha256(), memoryview(bytearray(DIGEST_BYTES)), 0
     while n := read_exactly(fd, done, buffer):
         found.update(buffer[:n])
         done += n
-    return found.hexdigest()
+    return found.digest()

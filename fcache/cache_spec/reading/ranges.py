@@ -12,11 +12,8 @@ from fcache.cache_spec.reading.opened import OpenShard
 from fcache.cache_spec.reading.places import Wanted
 from fcache.cache_spec.reading.shardpool import OpenShards
 from fcache.cache_spec.shardfile import decode_zstd, index_size, parse_index
+from fcache.cache_spec.storage.pieces import sha256_of
 from fcache.cache_spec.storage.protocol import Range, Storage
-
-# Of an object while its digest is compared: 32 MB of memory.
-PIECE_BYTES = 8 << 20
-PIECES = 4
 
 
 def read_objects(pool: OpenShards, wanted: Sequence[Wanted]) -> None:
@@ -42,7 +39,7 @@ def _hold(pool: OpenShards, tables: Sequence[tuple[HeldTable, ArrayFiles, np.nda
         _read(pool.storage, [(files.name(s), 0, out) for (_, files, s), out in zip(kept, data, strict=True)])
         for (table, files, shard), out in zip(kept, data, strict=True):
             # The whole file is here: comparing it costs next to nothing.
-            check_digest(files.shown(shard), files.digests[shard], hashlib.sha256(out.data).hexdigest())
+            check_digest(files, shard, hashlib.sha256(out.data).digest())
             table.add(shard, out)
 
 
@@ -95,9 +92,9 @@ def _open(pool: OpenShards, wanted: Sequence[Wanted]) -> dict[tuple[str, int], O
         with pool.fetching:
             still = lacking()
             for (files, shard), index in zip(still, _indices(pool.storage, still), strict=True):
-                name, size = files.shown(shard), files.size(shard)
+                name = files.shown(shard)
                 if pool.digested is not None and hash(name) not in pool.digested:
-                    check_digest(name, files.digests[shard], _digest(pool.storage, files.name(shard), size))
+                    check_digest(files, shard, _digest(pool.storage, files.name(shard), files.size(shard)))
                     pool.digested.add(hash(name))
                 file = OpenShard(files, shard, index)
                 found[files.folder, shard] = pool.add(files, shard, file)
@@ -127,12 +124,8 @@ def _read(storage: Storage, ranges: Sequence[Range]) -> None:
         raise missing(str(e.filename or e)) from None
 
 
-def _digest(storage: Storage, name: str, size: int) -> str:
-    found = hashlib.sha256()
-    for start in range(0, size, PIECE_BYTES * PIECES):
-        end = min(size, start + PIECE_BYTES * PIECES)
-        pieces = [(name, s, np.empty(min(PIECE_BYTES, end - s), np.uint8)) for s in range(start, end, PIECE_BYTES)]
-        _read(storage, pieces)
-        for _, _, data in pieces:
-            found.update(data.data)
-    return found.hexdigest()
+def _digest(storage: Storage, name: str, size: int) -> bytes:
+    try:
+        return sha256_of(storage, name, size)
+    except FileNotFoundError as e:
+        raise missing(str(e.filename or e)) from None

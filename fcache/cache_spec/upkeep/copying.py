@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from fcache.cache_spec.claims import Claims
 from fcache.cache_spec.commits import commit_path, parse_commit
 from fcache.cache_spec.errors import CorruptError, NoSpaceError
 from fcache.cache_spec.layout import Manifest
+from fcache.cache_spec.storage.pieces import pieces
 from fcache.cache_spec.storage.protocol import NewFile, Storage
 from fcache.cache_spec.store import write_manifest
 from fcache.cache_spec.tables import COMMIT as TABLES
@@ -21,9 +20,6 @@ from fcache.cache_spec.upkeep.copy_plan import CopyPlan, Job, check_fits, check_
 from fcache.cache_spec.upkeep.verify import Fault
 
 WORKERS = 4
-# Read together, to hide latency: 16 MB of memory a worker.
-PIECE_BYTES = 4 << 20
-PIECES = 4
 RESERVE_BYTES = 64 << 20
 
 
@@ -192,16 +188,13 @@ class _Run:
         found = self.here.size(name)
         if found != size:
             raise CorruptError(f"{name} has {found} bytes, its commit says {size}")
-        digest, buffer = hashlib.sha256(), np.empty(min(size, PIECES * PIECE_BYTES), np.uint8)
-        for start in range(0, size, PIECES * PIECE_BYTES):
+        digest = hashlib.sha256()
+        for piece in pieces(self.here, name, size):
             if self.stop.is_set():
                 raise _Stop
-            length = min(len(buffer), size - start)
-            pieces = range(0, length, PIECE_BYTES)
-            self.here.read_ranges([(name, start + p, buffer[p : min(p + PIECE_BYTES, length)]) for p in pieces])
-            digest.update(buffer[:length].data)
-            new.write(buffer[:length].data)
-            self._tell(0, length)
+            digest.update(piece)
+            new.write(piece)
+            self._tell(0, len(piece))
         if digest.hexdigest() != sha:
             raise CorruptError(f"{name} does not hold what its commit says (SHA-256 differs)")
         new.close()

@@ -1,6 +1,5 @@
 """Checking a cache against its commits."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,10 @@ from fcache.cache_spec.encodings import find_encoding
 from fcache.cache_spec.errors import CorruptError, DataError, IncompatibleError
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import index_size, parse_index, shard_key
+from fcache.cache_spec.storage.pieces import sha256_of
 from fcache.cache_spec.storage.protocol import Storage, open_storage
 from fcache.cache_spec.store import GROUP_NODE, ROOT, read_manifest, zarr_nodes
 from fcache.cache_spec.tables import read_tables, table_files
-
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _table_faults(storage: Storage, manifest: Manifest) -> tuple[list[Fault], st
     try:
         tables = read_tables(storage, manifest)
         for name, (size, sha) in table_files(storage, manifest).items():
-            if storage.size(name) != size or sha256_of(storage, name, size) != sha:
+            if storage.size(name) != size or sha256_of(storage, name, size).hex() != sha:
                 faults.append(fault(f"{name} was changed (its size or digest differs)"))
     except (CorruptError, DataError, IncompatibleError) as e:
         return [fault(str(e))], None
@@ -203,20 +201,10 @@ def _check(
                 tail = np.empty(min(size, index_size(group.shard_records)), dtype=np.uint8)
                 storage.read_ranges([(name, size - len(tail), tail)])
                 parse_index(tail.tobytes(), group.shard_records, size, name)
-            if deep and sha256_of(storage, name, size) != sha:
+            if deep and sha256_of(storage, name, size).hex() != sha:
                 return commit, fault("corrupt", f"{name} does not hold what its commit says (SHA-256 differs)")
         except FileNotFoundError:
             return commit, fault("corrupt", f"{name} is missing")
         except (CorruptError, DataError) as e:
             return commit, fault("corrupt", str(e))
     return commit, None
-
-
-def sha256_of(storage: Storage, name: str, size: int) -> str:
-    """The SHA-256 of a file of that size, read piece by piece."""
-    found, buffer = hashlib.sha256(), np.empty(min(size, CHUNK), dtype=np.uint8)
-    for start in range(0, size, CHUNK):
-        piece = buffer[: min(CHUNK, size - start)]
-        storage.read_ranges([(name, start, piece)])
-        found.update(piece.data)
-    return found.hexdigest()
