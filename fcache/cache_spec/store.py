@@ -95,6 +95,8 @@ def _build(storage: Storage, attributes: dict[str, Any]) -> Manifest:
         # In format 1 the names stand in the manifest itself.
         named = {k: _lazy_names(storage, body[k]) for k in NAMED if isinstance(body[k], dict)}
         group = from_json(Group, body | named)
+        if not group.extents:
+            raise CorruptError(f"{storage.url}/{file}: the group {path!r} has no extents; restore it from a copy")
         # Now: a cache that grows removes the files of before. Digests are kept by nobody who does not grow it.
         _ = group.ids.data
         group.ids.check()

@@ -1,5 +1,6 @@
 """Damaged caches: what reading and verifying say."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from fcache.cache_spec import (
     verify,
 )
 from fcache.cache_spec.commits import commit_path, find_commit
+from fcache.cache_spec.identity import canonical_json
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.shardfile import ZSTD, decode_zstd, index_bytes, parse_index
 from fcache.cache_spec.storage.local import LocalStorage
@@ -352,6 +354,21 @@ def test_zstd_frames_decode_to_exactly_their_size(size):
     for cut in (0, 3, 4, 5, len(frame) - 1):
         with pytest.raises(CorruptError):
             decode_zstd(frame[:cut], out, "shard")
+
+
+def test_a_signed_group_without_extents_is_refused(sound, tmp_path):
+    root = shutil.copytree(sound, tmp_path / "c")
+    whole = json.loads((root / "zarr.json").read_text())
+    said = whole["attributes"]["fcache"]
+    entry = said["groups"]["train"]
+    body = json.loads((root / entry["file"]).read_text()) | {"extents": []}
+    data = canonical_json(body)
+    (root / entry["file"]).write_bytes(data)
+    entry["sha256"] = hashlib.sha256(data).hexdigest()
+    said["digest"] = digest({k: v for k, v in said.items() if k != "digest"})
+    (root / "zarr.json").write_text(json.dumps(whole))
+    with pytest.raises(CorruptError, match="'train' has no extents"):
+        open_cache(root)
 
 
 WITHOUT_MEMORY = """
