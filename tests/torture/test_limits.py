@@ -47,7 +47,9 @@ def outcome(work):
         # Python and torch say in their own words that memory is short.
         last = traceback.extract_tb(e.__traceback__)[-1].filename
         short = isinstance(e, RuntimeError) and ("start new thread" in str(e) or "/torch/" in last)
-        return "RuntimeError of Python or torch" if short else f"wrong: {type(e).__name__}: {e}"
+        # CPython 3.11 that has no memory for the frame of a call forgets to say MemoryError.
+        short |= isinstance(e, SystemError) and str(e) == "error return without exception set"
+        return f"{type(e).__name__} of Python or torch" if short else f"wrong: {type(e).__name__}: {e}"
 
 
 def read_limited(root, truth, limit, more, mode):
