@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test lint check bench torture setup setup-dev
+.PHONY: demo test lint check bench torture setup setup-dev setup-bench
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
+setup-bench: $(VENV)/installed-bench
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fcache needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -45,7 +46,12 @@ lint: setup-dev
 check:
 	.ci/run
 
-bench: setup-dev
+$(VENV)/installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test,dev,bench]'
+	$(PIP) --no-deps 'mosaicml-streaming>=0.13'
+	@touch $(VENV)/installed $(VENV)/installed-dev $@
+
+bench: setup-bench
 	@set -e; mkdir -p benchmarks/results; for script in benchmarks/*.py; do \
 	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 

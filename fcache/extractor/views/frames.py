@@ -233,4 +233,3 @@ _KINDS = {
     "centre-crop": _Kind(CentreCrop, _centre_crop),
     "fit": _Kind(Fit, _fit),
 }
-PLACEMENTS: dict[str, type] = {name: kind.options for name, kind in _KINDS.items()}
