@@ -1,6 +1,6 @@
 """How much of its time a training waits for data, when it computes for a given time a batch.
 
-    python benchmarks/epochs.py [--records 192] [--epochs 5]
+    python benchmarks/epochs.py [--records 192] [--epochs 3]
 
 Epochs follow each other, as in a training; the first one is not counted. Every loader is first run alone: the mean
 time between its batches is its read time. Then the main thread works after each batch, for
@@ -12,6 +12,7 @@ Warm means that everything lies in the page cache. Loaders with worker processes
 threads.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,12 +36,14 @@ COLUMNS = {
     "Python": "{wait_python:.1%}",
 }
 COLD = {"read, ms a batch": "{read_ms:.1f}", "wait at its read time": "{wait_1:.1%}", "at twice that": "{wait_2:.1%}"}
-# Medians of this many runs of each kind.
+# Medians of this many runs of each kind, which begin with batches that are not counted.
 RUNS = 3
+SETTLING = 6
+LEAST_SECONDS = 1.0
 
 
 def main() -> None:
-    args = arguments(__doc__, records=192, epochs=5)
+    args = arguments(__doc__, records=192, epochs=3)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
     with work_folder(args.folder) as work:
@@ -64,6 +67,8 @@ def measure(work: Path, workload: Workload, epochs: int) -> dict:
             rows[f"{name} (not installed)"] = {}
             continue
         folder = store(loader.store, peer, work, source, workload) if peer else work / "cache" / "train"
+        # What was just written would go to the disk meanwhile.
+        os.sync()
         stream = loader.open(folder, workload)(None)
         for _ in range(count):
             next(stream)
@@ -79,7 +84,7 @@ def measure(work: Path, workload: Workload, epochs: int) -> dict:
 
 
 def cold(folder: Path, workload: Workload) -> dict[str, Row]:
-    """fcache with nothing in the page cache when an epoch begins; its first batch is not counted."""
+    """fcache with nothing in the page cache when an epoch begins."""
     rows: dict[str, Row] = {}
     for name in (OURS, "fcache, 2 threads, positional reads"):
 
@@ -87,8 +92,7 @@ def cold(folder: Path, workload: Workload) -> dict[str, Row]:
             evict(files_below(folder))
             # Opened anew: pages that a reader has mapped cannot leave memory.
             stream = LOADERS[name].open(folder, workload)(1)
-            next(stream)
-            return run(stream, workload.records // workload.batch - 1, seconds, time.sleep)
+            return run(stream, workload.records // workload.batch - SETTLING, seconds, time.sleep, least=0.0)
 
         read = statistics.median(epoch(0.0)[1] for _ in range(RUNS))
         waits = {f"wait_{n}": statistics.median(epoch(n * read)[0] for _ in range(RUNS)) for n in (1, 2)}
@@ -112,19 +116,29 @@ def one(stream: Iterator[Batch], count: int, core: float) -> Row:
 
 
 def run(
-    stream: Iterator[Batch], count: int, seconds: float, work: Callable[[float], None]
+    stream: Iterator[Batch], count: int, seconds: float, work: Callable[[float], None], *, least: float = LEAST_SECONDS
 ) -> tuple[float, float, float]:
-    """`count` batches: the share of the time that was waited, seconds a batch, and processor seconds a batch."""
-    waited, started, processor = 0.0, time.perf_counter(), time.process_time()
-    for _ in range(count):
+    """`count` batches, or more in `least` seconds: the share of the time that was waited, and seconds and processor
+    seconds a batch.
+    """
+
+    def step() -> float:
         asked = time.perf_counter()
         batch = next(stream)
-        waited += time.perf_counter() - asked
+        waited = time.perf_counter() - asked
         sum(float(x[-1].flatten()[-1]) for x in batch.values())
         if seconds:
             work(seconds)
+        return waited
+
+    # What was read ahead for the work before, or was not.
+    for _ in range(SETTLING):
+        step()
+    waits, started, processor = [], time.perf_counter(), time.process_time()
+    while len(waits) < count or time.perf_counter() - started < least:
+        waits.append(step())
     taken = time.perf_counter() - started
-    return waited / taken, taken / count, (time.process_time() - processor) / count
+    return sum(waits) / taken, taken / len(waits), (time.process_time() - processor) / len(waits)
 
 
 def with_torch(seconds: float) -> None:

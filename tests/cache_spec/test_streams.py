@@ -1,5 +1,6 @@
 """Streams: which records in which order, into which buffers."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -241,20 +242,40 @@ def test_epochs_after_each_other_give_the_blocks_of_each(root):
     assert found == (each[0][3:] + each[1] + each[2])[:9]
 
 
-def test_the_next_epoch_is_read_ahead_while_one_ends(root):
-    source = open_source(open_cache(root), "train", StreamConfig(4, threads=2))
-    count, filled = source.num_blocks(0), []
+def watched(source, told):
+    """The same source, which calls `told(filler, rows)` in the thread that fills a block."""
 
-    class Counting:
+    class Watched:
         def __init__(self, filler):
             self.filler = filler
 
         def fill(self, rows, buffers):
-            filled.append(self.filler.frame(rows)[0])
+            told(self.filler, rows)
             return self.filler.fill(rows, buffers)
 
-    counted = source.with_fillers([Counting(f) for f in source.fillers])
-    blocks = counted.blocks(0, epochs=None)
+    return source.with_fillers([Watched(f) for f in source.fillers])
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has this scheduling policy")
+def test_reading_threads_give_way_to_the_one_that_works(root):
+    found = {}
+
+    def told(filler, rows):
+        found[threading.current_thread().name] = os.sched_getscheduler(0)
+
+    source = open_source(open_cache(root), "train", StreamConfig(2, threads=2))
+    before = os.sched_getscheduler(0)
+    for _ in watched(source, told).blocks(0):
+        time.sleep(0.01)
+    readers = {policy for name, policy in found.items() if name.startswith("fcache-read")}
+    assert readers == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
+
+
+def test_the_next_epoch_is_read_ahead_while_one_ends(root):
+    source = open_source(open_cache(root), "train", StreamConfig(4, threads=2))
+    count, filled = source.num_blocks(0), []
+    blocks = watched(source, lambda filler, rows: filled.append(filler.frame(rows)[0])).blocks(0, epochs=None)
     for _ in range(count):
         next(blocks)
     deadline = time.monotonic() + 30
