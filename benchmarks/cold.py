@@ -1,6 +1,6 @@
 """How fast cached pyramids are read from the disk: shuffled batches of 16, nothing of them in the page cache.
 
-    python benchmarks/cold.py [--records 64] [--rounds 5]
+    python benchmarks/cold.py [--records 64] [--rounds 15]
 
 The limit is the disk: the same files, read one after another with O_DIRECT, 4 MiB at a time by one thread, before and
 after each round, so that a noisy disk slows both. Before each round the files leave the page cache, and `mincore` says
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    args = arguments(__doc__, records=64, rounds=5)
+    args = arguments(__doc__, records=64, rounds=15)
     torch.set_num_threads(1)
     m = machine(*PACKAGES)
     with work_folder(args.folder) as work:
@@ -76,7 +76,8 @@ def measure(work: Path, workload: Workload, rounds: int) -> dict:
 def one(rounds: int, folder: Path, variant: Callable[[int], tuple[float, float, int]]) -> Row:
     """The row of a variant that reads the files of `folder`."""
     os.sync()
-    return sandwich(variant, partial(sequential, files_below(folder), 1), rounds)
+    # Long, for what a disk gives changes from second to second.
+    return sandwich(variant, partial(sequential, files_below(folder), 1), rounds, seconds=20.0)
 
 
 def sequential(paths: list[Path], threads: int, r: int) -> tuple[float, float, int]:

@@ -38,10 +38,12 @@ def timed(batches: Batches, epoch: int) -> tuple[float, float, int]:
     return time.perf_counter() - start, time.process_time() - cpu, size
 
 
-def sandwich(variant: Callable[[int], tuple], limit: Callable[[int], tuple], rounds: int) -> Row:
+def sandwich(
+    variant: Callable[[int], tuple], limit: Callable[[int], tuple], rounds: int, *, seconds: float = 8.0
+) -> Row:
     """Medians of `rounds` rounds of `variant`, each between two of `limit`: ratios are to the mean of those two.
 
-    Both give (seconds, CPU seconds, bytes) for a round. A slow variant has fewer rounds, but at least 3.
+    Both give (seconds, CPU seconds, bytes) for a round. After `seconds` there are no more rounds, but at least 3.
     """
     times, ratios, started = [], [], time.perf_counter()
     # Not counted: some systems drop pages that nobody used for a minute.
@@ -53,7 +55,7 @@ def sandwich(variant: Callable[[int], tuple], limit: Callable[[int], tuple], rou
         # By bytes a second: an order of its own may leave out a few records.
         ratios.append((before[0] / before[2] + after[0] / after[2]) / 2 * spent[2] / spent[0])
         before = after
-        if r >= 2 and time.perf_counter() - started > 8.0:
+        if r >= 2 and time.perf_counter() - started > seconds:
             break
     return {**speed(times), "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
