@@ -50,6 +50,7 @@ Exit status: 1 if a head stopped (the others are trained), 3 if the cache was pa
 )
 @click.option("--iters", type=int, help="Iterations: the same as --set iterations=N.", metavar="N")
 @click.option("--subset", help="Train on a fixed share of the samples, '1%'.", metavar="SHARE")
+@click.option("--views", type=click.IntRange(1), help="Train on the first K views only.", metavar="K")
 @click.option("--seed", type=int, help="Seed of weights, dropout and order: the same as --set seed=N.", metavar="N")
 @click.option("--out", default="runs", show_default=True, help="Where each head's run gets a folder.", metavar="DIR")
 @click.option("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else the CPU.", metavar="NAME")
@@ -92,6 +93,7 @@ def command(
     settings: tuple[str, ...],
     iters: int | None,
     subset: str | None,
+    views: int | None,
     seed: int | None,
     out: str,
     device: str | None,
@@ -123,6 +125,7 @@ def command(
         device=device or best_device(),
         recipe=loaded.name if loaded else "",
         subset=parse_fraction(subset) if subset else 1.0,
+        views=views,
         resume=resume,
         follow=follow,
         resident=resident,
@@ -143,6 +146,7 @@ def train_from(
     device: str,
     recipe: str = "",
     subset: float = 1.0,
+    views: int | None = None,
     resume: bool = False,
     follow: bool = False,
     resident: str = "auto",
@@ -169,6 +173,7 @@ def train_from(
         kinds=needed_kinds(choices),
         seed=config.seed,
         subset=subset,
+        views=views,
         drop_last=True,
         decode=decoded_for(device),
         allocate=batch_buffers(device),
@@ -245,7 +250,7 @@ def evaluation_source(reader: "CacheReader", split: str, like: "StreamConfig") -
 
 def evaluation_stream(like: "StreamConfig") -> "StreamConfig":
     """How an evaluation split is streamed: all of it in order, otherwise as `like`."""
-    return replace(like, order="sequential", subset=1.0, drop_last=False)
+    return replace(like, order="sequential", subset=1.0, views=None, drop_last=False)
 
 
 def decoded_for(device: str) -> str | None:

@@ -162,6 +162,24 @@ def test_the_batches_of_all_ranks_are_disjoint_equal_in_number_and_cover_the_epo
     assert len(whole) - len(together) < processes
 
 
+def test_the_first_views_alone_are_read_as_if_there_were_no_others(root, folder_factory):
+    reader = open_cache(root)
+    one = open_source(reader, "train", StreamConfig(4, views=1))
+    assert {view for epoch in range(3) for block in names(one, epoch) for _, view in block} == {0}
+    made = folder_factory()
+    write_pending(open_writer(made, manifest(group(samples=23, views=1, shard_records=4), kinds=KINDS)))
+    alone = open_source(open_cache(made), "train", StreamConfig(4))
+    assert [names(one, epoch) for epoch in range(3)] == [names(alone, epoch) for epoch in range(3)]
+    assert (one.info.extent["views"], open_source(reader, "train", StreamConfig(4)).info.extent["views"]) == (1, 2)
+    assert names(open_source(reader, "train", StreamConfig(4, views=2)), 1) == names(
+        open_source(reader, "train", StreamConfig(4)), 1
+    )
+    # An evaluation split has one plain view, whatever is asked of the training split.
+    assert open_source(reader, "val", StreamConfig(4, views=2)).info.extent["views"] == 1
+    with pytest.raises(SpecError, match="has 2 views, not 3; extract it with --views"):
+        open_source(reader, "train", StreamConfig(4, views=3))
+
+
 @given(samples=st.integers(1, 3000), small=st.floats(0.001, 1), large=st.floats(0.001, 1))
 def test_a_smaller_subset_lies_in_a_larger_one(samples, small, large):
     ids = [f"sample {i}" for i in range(samples)]
@@ -190,6 +208,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_in_the_record(root):
         ({"batch_size": 0}, "batch_size and threads must be positive"),
         ({"batch_size": 1, "threads": 0}, "must be positive"),
         ({"batch_size": 1, "order": "random"}, "shuffled or sequential, got 'random'"),
+        ({"batch_size": 1, "views": 0}, "at least one view"),
         ({"batch_size": 1, "subset": 0.0}, "more than 0 % and at most 100 %"),
         ({"batch_size": 1, "subset": 1.5}, "at most 100 %, got 150"),
         ({"batch_size": 1, "world": (2, 2)}, "0 <= rank < processes"),

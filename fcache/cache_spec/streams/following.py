@@ -12,7 +12,7 @@ from fcache.cache_spec.errors import IncompatibleError, IncompleteError, SpecErr
 from fcache.cache_spec.identity import digest
 from fcache.cache_spec.layout import FEATURES
 from fcache.cache_spec.reader import CacheReader
-from fcache.cache_spec.streams.source import CacheSource, StreamConfig, choose_levels
+from fcache.cache_spec.streams.source import CacheSource, StreamConfig, choose_levels, chosen_extent
 
 Shards = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +42,7 @@ class FollowingSource:
         self._all: Shards = {g.path: tuple(s.index for s in g.shards()) for g in groups}
         info = reader.info(split, kinds=config.kinds, levels=choose_levels(groups[0], config.levels))
         self._stable = {k: v for k, v in info.extent.items() if k not in ("shards", "committed")}
-        self._stable["subset"] = config.subset
+        self._stable |= chosen_extent(config, info)
         self._info = replace(info, extent={**self._stable, "follow": True})
         self._sets: list[CommittedSet] = []
         # The number of epochs, from 0 on, whose set is fixed.

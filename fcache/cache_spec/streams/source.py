@@ -8,6 +8,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +32,10 @@ class StreamConfig:
     """How a cache is streamed.
 
     `levels` and `kinds` name what is read (None: all levels); `order` is "shuffled" or "sequential"; `subset` keeps a
-    fixed fraction of the samples; an epoch of a training split reads one view, epoch e view e mod K, `all_views`
-    reads all. `threads` copy ahead into `threads + 2` sets of buffers made by `allocate` (pinned memory, say).
-    With `decode`, "fp32" or "fp16", they decode as well, and levels come in that encoding; None gives them as stored.
+    fixed fraction of the samples; an epoch of a training split reads one view, epoch e view e mod K, `all_views` reads
+    all; `views` leaves a training split its first K only (None: all there are). `threads` copy ahead into `threads + 2`
+    sets of buffers made by `allocate` (pinned memory, say). With `decode`, "fp32" or "fp16", they decode as well, and
+    levels come in that encoding; None gives them as stored.
     """
 
     batch_size: int
@@ -44,6 +46,7 @@ class StreamConfig:
     subset: float = 1.0
     drop_last: bool = False
     all_views: bool = False
+    views: int | None = None
     threads: int = 2
     world: tuple[int, int] = (0, 1)
     decode: str | None = None
@@ -54,6 +57,8 @@ class StreamConfig:
             raise SpecError(f"batch_size and threads must be positive, got {self.batch_size} and {self.threads}")
         if self.order not in ("shuffled", "sequential"):
             raise SpecError(f"order is shuffled or sequential, got {self.order!r}")
+        if self.views is not None and self.views < 1:
+            raise SpecError(f"at least one view is read, got views={self.views}")
         if not 0 < self.subset <= 1:
             raise SpecError(f"a subset is more than 0 % and at most 100 %, got {self.subset:.4%}")
         if not 0 <= self.world[0] < self.world[1]:
@@ -81,6 +86,8 @@ class CacheSource:
         found = reader.records(split, config.kinds)
         if shards is not None:
             found = [_select(g, np.isin(g.records // g.group.shard_records, list(shards[g.group.path]))) for g in found]
+        if config.views is not None and found[0].group.role == "training":
+            found = [_select(g, g.views < check_views(config.views, g.group, reader.url)) for g in found]
         if config.subset < 1.0:
             found = [_select(g, subset_mask(g.group.ids, config.subset)[g.samples]) for g in found]
         groups = [g for g in found if len(g.records)]
@@ -97,7 +104,7 @@ class CacheSource:
         ]  # fmt: skip
         self._views = [np.bincount(g.views) for g in groups]
         info = reader.info(split, kinds=config.kinds, levels=levels[0])
-        self._info = replace(info, extent={**info.extent, "subset": config.subset})
+        self._info = replace(info, extent={**info.extent, **chosen_extent(config, info)})
         self._remote = reader.storage.path() is None
         self._ring: Ring | None = None
 
@@ -229,6 +236,19 @@ def choose_levels(group: Group, names: tuple[str, ...] | None) -> tuple[LevelSpe
         if name not in by_name:
             raise unknown_name("level", name, by_name)
     return group.levels if names is None else tuple(by_name[n] for n in names)
+
+
+def check_views(views: int, group: Group, url: str) -> int:
+    """`views`. Raises SpecError if a group has fewer."""
+    if views > group.views:
+        raise SpecError(f"{url}: split {group.split!r} has {group.views} views, not {views}; extract it with --views")
+    return views
+
+
+def chosen_extent(config: StreamConfig, info: SourceInfo) -> dict[str, Any]:
+    """What of an extent a stream chooses: the share of the samples, and how many views."""
+    views = info.extent["views"] if config.views is None or info.role != "training" else config.views
+    return {"subset": config.subset, "views": views}
 
 
 def _select(records: GroupRecords, mask: np.ndarray) -> GroupRecords:
