@@ -11,6 +11,7 @@ def test_the_shipped_recipes_are_these():
     assert recipe_names() == (
         "ade20k-small",
         "ade20k-upernet-frozen",
+        "ade20k-upernet-mim",
         "camvid-small",
         "demo-small",
         "imagefolder-small",
