@@ -13,6 +13,7 @@ from fcache.extractor.views.looks import RandAugment as RandAugment
 from fcache.extractor.views.recipes import Cut as Cut
 from fcache.extractor.views.recipes import ViewRecipe as ViewRecipe
 from fcache.extractor.views.recipes import canvas as canvas
+from fcache.extractor.views.recipes import cut_from_json as cut_from_json
 from fcache.extractor.views.recipes import default_recipe as default_recipe
 from fcache.extractor.views.recipes import find_view_recipe as find_view_recipe
 from fcache.extractor.views.recipes import view_recipe_names as view_recipe_names

@@ -233,3 +233,4 @@ _KINDS = {
     "centre-crop": _Kind(CentreCrop, _centre_crop),
     "fit": _Kind(Fit, _fit),
 }
+PLACEMENTS: dict[str, type] = {name: kind.options for name, kind in _KINDS.items()}

@@ -154,3 +154,9 @@ _DRAWS: dict[str, Callable[..., tuple[Step, ...]]] = {
     "rand-augment": _rand_augment,
     "erasing": _erasing,
 }
+LOOKS: dict[str, type] = {
+    "photometric-distortion": PhotometricDistortion,
+    "colour-jitter": ColourJitter,
+    "rand-augment": RandAugment,
+    "erasing": Erasing,
+}

@@ -6,10 +6,13 @@ what mixes samples (mixup, cutmix) is not part of any recipe: it belongs to the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from fcache.cache_spec.errors import unknown_name
+from fcache.cache_spec.errors import SpecError, unknown_name
+from fcache.cache_spec.identity import from_json
 from fcache.extractor.datasets import find_dataset
 from fcache.extractor.views.frames import (
+    PLACEMENTS,
     CentreCrop,
     Fit,
     KeepRatio,
@@ -20,7 +23,7 @@ from fcache.extractor.views.frames import (
     frame_canvas,
     resized_placement,
 )
-from fcache.extractor.views.looks import ColourJitter, Erasing, Look, PhotometricDistortion, RandAugment
+from fcache.extractor.views.looks import LOOKS, ColourJitter, Erasing, Look, PhotometricDistortion, RandAugment
 
 Size = tuple[int, int]
 
@@ -119,3 +122,21 @@ def canvas(cut: Cut, image_size: Size, *, multiple: int = 32) -> Size:
     `image_size` has its own, rounded up to `multiple`.
     """
     return frame_canvas(cut.place, image_size, multiple=multiple)
+
+
+def cut_from_json(data: Mapping[str, Any]) -> Cut:
+    """The cut that `to_json` gave. Raises SpecError for unknown kinds and fields."""
+    if set(data) != {"place", "looks", "revision"}:
+        raise SpecError(f"a cut has the fields place, looks and revision, found {sorted(data)}")
+    return Cut(
+        place=_part(data["place"], "placement", PLACEMENTS),
+        looks=tuple(_part(look, "look", LOOKS) for look in data["looks"]),
+        revision=data["revision"],
+    )
+
+
+def _part(data: Mapping[str, Any], what: str, kinds: Mapping[str, type]) -> Any:
+    kind = data.get("kind", "")
+    if kind not in kinds:
+        raise unknown_name(what, kind, kinds)
+    return from_json(kinds[kind], data)
