@@ -100,9 +100,9 @@ def cold(folder: Path, workload: Workload) -> dict[str, Row]:
     return rows
 
 
-def one(stream: Iterator[Batch], count: int, core: float) -> Row:
+def one(stream: Iterator[Batch], count: int, core: float, *, least: float = LEAST_SECONDS) -> Row:
     """The row of a loader; `core` are the seconds that every loader's consumer takes."""
-    read = statistics.median(run(stream, count, 0.0, time.sleep)[1] for _ in range(RUNS))
+    read = statistics.median(run(stream, count, 0.0, time.sleep, least=least)[1] for _ in range(RUNS))
     row: Row = {"read_ms": read * 1e3}
     for name, seconds, work in (
         ("wait_1", read, time.sleep),
@@ -111,7 +111,7 @@ def one(stream: Iterator[Batch], count: int, core: float) -> Row:
         ("wait_torch", core, with_torch),
         ("wait_python", core, in_python),
     ):
-        row[name] = statistics.median(run(stream, count, seconds, work)[0] for _ in range(RUNS))
+        row[name] = statistics.median(run(stream, count, seconds, work, least=least)[0] for _ in range(RUNS))
     return row
 
 

@@ -29,8 +29,8 @@ Examples:
 \b
 Heads: classification/linear, semantic/linear, semantic/upernet; the short name is enough where
 the cache's targets leave one choice.
-Recipes: ade20k-small, ade20k-upernet-frozen, camvid-small, demo-small, imagefolder-small,
-imagenet-linear.
+Recipes: ade20k-small, ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, demo-small,
+imagefolder-small, imagenet-linear.
 
 \b
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.

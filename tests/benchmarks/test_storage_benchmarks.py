@@ -142,7 +142,7 @@ def test_cold_measures_every_variant_that_is_installed(workload, tmp_path):
     assert all(row["mb_per_s"] > 0 for name, row in rows.items() if "not installed" not in name)
 
 
-def test_the_share_of_waiting_is_what_was_waited_for_after_the_first_batch(monkeypatch):
+def test_the_share_of_waiting_is_what_was_waited_for_when_a_run_has_settled(monkeypatch):
     import epochs
 
     now = 0.0
@@ -151,14 +151,14 @@ def test_the_share_of_waiting_is_what_was_waited_for_after_the_first_batch(monke
         nonlocal now
         now += seconds
 
-    def epoch(number):
-        for wait in (7.0, 3.0, 3.0, 0.0):
+    def stream():
+        for wait in (*(7.0 for _ in range(epochs.SETTLING)), 3.0, 3.0, 0.0):
             passes(wait)
             yield {"level-4": torch.zeros(2, 3)}
 
-    monkeypatch.setattr(epochs, "time", SimpleNamespace(perf_counter=lambda: now))
-    share, first, mean = epochs.run(epoch, 0, 1.5, passes)
-    assert (share, first, mean) == (6.0 / (6.0 + 4 * 1.5), 7.0, 2.0)
+    monkeypatch.setattr(epochs, "time", SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now / 2))
+    share, seconds, processor = epochs.run(stream(), 3, 1.5, passes)
+    assert (share, seconds, processor) == (6.0 / (6.0 + 3 * 1.5), 3.5, 1.75)
 
 
 @pytest.mark.parametrize("name", ["with_torch", "in_python"])
@@ -174,10 +174,10 @@ def test_epochs_measure_the_loaders_that_read_in_the_process(workload, stored, m
     import epochs
     from storage.loaders import LOADERS
 
-    monkeypatch.setattr(epochs, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(epochs, "RUNS", 1)
     for name in ("fcache, 2 threads", "fcache, 2 threads, positional reads"):
-        row = epochs.one(LOADERS[name].open(stored / "cache" / "train", workload), 1, 0.001)
-        assert {"read_ms", "wait_0_5", "wait_1", "wait_2", "wait_python", "wait_same", "first_ms"} == set(row)
+        row = epochs.one(LOADERS[name].open(stored / "cache" / "train", workload)(None), 2, 0.001, least=0.0)
+        assert {"read_ms", "wait_1", "wait_2", "wait_asleep", "wait_torch", "wait_python"} == set(row)
         assert all(0 <= share <= 1 for key, share in row.items() if key.startswith("wait"))
 
 
