@@ -3,24 +3,18 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcache.cache_spec import IGNORE, LevelSpec, SpecError, View
+from fcache.cache_spec import IGNORE, LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options
-from fcache.heads.metrics import Metric, segmentation_metric
 from fcache.heads.parts import ChannelNorm, ConvNormAct, PyramidPooling, TopDown, resize
-
-# Elements of one resized chunk of class maps: 64 MB of float32, whatever the number of classes and the image's size.
-CHUNK = 1 << 24
-
-
-def _fine_to_coarse(inputs: HeadInput) -> list[LevelSpec]:
-    for level in inputs.levels:
-        if level.dims != "C H W":
-            raise SpecError(f"a semantic head reads maps (C H W), level {level.name!r} has the axes {level.dims!r}")
-    return sorted(inputs.levels, key=lambda level: level.stride)
+from fcache.heads.parts.segmentation import (
+    fine_to_coarse,
+    labels_at_original_size,
+    pixel_loss,
+    segmentation_metrics,
+)
 
 
 class LinearSegmenter(nn.Module):
@@ -97,7 +91,7 @@ def _auxiliary_level(levels: Sequence[LevelSpec]) -> int:
 
 
 def _build_linear(inputs: HeadInput, options: Options) -> nn.Module:
-    return LinearSegmenter(_fine_to_coarse(inputs), inputs.num_classes("semantic"))
+    return LinearSegmenter(fine_to_coarse(inputs), inputs.num_classes("semantic"))
 
 
 def _build_upernet(inputs: HeadInput, options: Options) -> nn.Module:
@@ -105,20 +99,7 @@ def _build_upernet(inputs: HeadInput, options: Options) -> nn.Module:
         raise SpecError(
             f"upernet needs width >= 1 and dropout in [0, 1), got {options['width']} and {options['dropout']}"
         )
-    return UPerNet(_fine_to_coarse(inputs), inputs.num_classes("semantic"), options)
-
-
-def pixel_loss(logits: Tensor, labels: Tensor, *, ignore: int, over_valid: bool) -> Tensor:
-    """Cross entropy of logits [B, K, h, w], resized to the labels [B, H, W], over pixels not labelled `ignore`.
-
-    The mean is over these pixels, or over all if not `over_valid` (the default of mmsegmentation, which weighs
-    pixels of sparsely labelled images less). Without any labelled pixel it is 0.
-    """
-    labels = labels.long()
-    logits = resize(logits.float(), (labels.shape[1], labels.shape[2]))
-    total = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
-    count = (labels != ignore).sum() if over_valid else torch.tensor(labels.numel(), device=labels.device)
-    return total / count.clamp(min=1)
+    return UPerNet(fine_to_coarse(inputs), inputs.num_classes("semantic"), options)
 
 
 def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor]:
@@ -132,34 +113,9 @@ def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor
     }
 
 
-def labels_at_original_size(logits: Tensor, view: View) -> Tensor:
-    """The label map uint8 [H, W] of one image from logits [K, h, w] of its canvas.
-
-    Logits are resized to the canvas, cropped to the valid part, resized to the original size, and then compared.
-    Classes are resized a few at a time: those of a large image do not fit into memory at once.
-    """
-    height, width = view.image_size
-    step = max(1, CHUNK // max(height * width, view.canvas[0] * view.canvas[1]))
-    best = torch.full((height, width), float("-inf"), device=logits.device)
-    labels = torch.zeros((height, width), dtype=torch.uint8, device=logits.device)
-    for first in range(0, len(logits), step):
-        on_canvas = resize(logits[None, first : first + step].float(), view.canvas)
-        chunk = resize(on_canvas[:, :, : view.valid[0], : view.valid[1]], view.image_size)[0]
-        value, index = chunk.max(dim=0)
-        # Only strictly larger values win, so that of equal classes the first is taken, as argmax does.
-        better = value > best
-        best = torch.where(better, value, best)
-        labels = torch.where(better, (index + first).to(torch.uint8), labels)
-    return labels.cpu()
-
-
 def _predict(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
     logits = module(batch.features)[0]
     return [labels_at_original_size(x, view) for x, view in zip(logits, batch.views, strict=True)]
-
-
-def _metrics(inputs: HeadInput, options: Options) -> Metric:
-    return segmentation_metric(inputs.num_classes("semantic"), ignore=IGNORE)
 
 
 HEADS = {
@@ -168,7 +124,7 @@ HEADS = {
         build=_build_linear,
         loss=_loss,
         predict=_predict,
-        metrics=_metrics,
+        metrics=segmentation_metrics,
         options={"avg_non_ignore": True},
     ),
     "upernet": Head(
@@ -176,7 +132,7 @@ HEADS = {
         build=_build_upernet,
         loss=_loss,
         predict=_predict,
-        metrics=_metrics,
+        metrics=segmentation_metrics,
         options={
             "width": 512,
             "dropout": 0.1,
