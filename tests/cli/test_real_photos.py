@@ -12,14 +12,14 @@ from fcache.cli import main
 
 @pytest.fixture(scope="module")
 def run(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A linear head on MobileNetV2, trained for a moment on twelve scenes."""
+    """A linear head on MobileNetV2, trained for a moment on eight scenes."""
     folder = tmp_path_factory.mktemp("camvid")
     cache = ["--cache", str(folder / "c.fcache")]
     weights = test_data / "weights" / "mobilenetv2_100.tv_int8_dequant.safetensors"
     line = ["extract", "--model", "mobilenetv2_100", "--weights", str(weights), "--dataset", "ade20k", *cache]
     line += ["--data-root", str(test_data / "camvid"), "--view-recipe", "ade20k-small", "--views", "1"]
-    assert main([*line, "--limit", "12", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
-    line = ["train-head", *cache, "--head", "linear", "--set", "batch_size=4", "--set", "lr=5e-3", "--iters", "60"]
+    assert main([*line, "--limit", "8", "--workers", "0", "--device", "cpu", "--precision", "fp32"]) == 0
+    line = ["train-head", *cache, "--head", "linear", "--set", "batch_size=4", "--set", "lr=5e-3", "--iters", "40"]
     assert main([*line, "--device", "cpu", "--out", str(folder / "runs")]) == 0
     return folder / "runs" / "linear-seed0"
 
@@ -28,10 +28,10 @@ def test_test_time_views_of_street_scenes_score_as_well_as_single_ones(run: Path
     scores = []
     for views in ("plain", "ms-flip"):
         capsys.readouterr()
-        line = ["evaluate", str(run), "--live", "--tta", views, "--limit", "4", "--device", "cpu", "--json"]
+        line = ["evaluate", str(run), "--live", "--tta", views, "--limit", "2", "--device", "cpu", "--json"]
         assert main(line) == 0
         (found,) = json.loads(capsys.readouterr().out)
-        assert (found["views"], found["samples"]) == (views, 4)
+        assert (found["views"], found["samples"]) == (views, 2)
         scores.append(found["metrics"])
     plain, many = scores
     assert plain != many
