@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
@@ -153,12 +153,20 @@ def create_or_grow(storage: Storage, wanted: Manifest) -> Manifest:
 
 
 def _check_empty(storage: Storage) -> None:
-    # Manifests are the first thing in a new cache: with one, this is a creation that was interrupted.
+    if name := foreign_file(storage, (LOCK, "partial", ROOT)):
+        raise SpecError(f"{storage.url} is not empty and no cache (it holds {name}); choose another")
+
+
+def foreign_file(storage: Storage, own: Collection[str]) -> str:
+    """A file that no creation of a cache has written, "" if there is none; `own` are what that writes at the top."""
+    # Manifests are the first thing in a new cache: with one, somebody creates it now, or was interrupted.
     if storage.names(MANIFESTS):
-        return
+        return ""
     for name, _ in storage.walk():
-        if name.split("/")[0] not in (LOCK, "partial", ROOT):
-            raise SpecError(f"{storage.url} is not empty and no cache (it holds {name}); choose another")
+        # Asked again: since then another process may have begun.
+        if name.split("/")[0] not in own:
+            return "" if storage.names(MANIFESTS) else name
+    return ""
 
 
 def preview(storage: Storage, wanted: Manifest) -> Manifest:

@@ -15,7 +15,15 @@ from cachebuilder import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcache.cache_spec import IncompatibleError, IncompleteError, open_cache, open_writer, verify
+from fcache.cache_spec import (
+    IncompatibleError,
+    IncompleteError,
+    SpecError,
+    open_cache,
+    open_storage,
+    open_writer,
+    verify,
+)
 from fcache.cache_spec.layout import Extent, grow_group, new_group
 from fcache.cache_spec.storage.local import LocalStorage
 
@@ -228,3 +236,35 @@ def test_a_reader_whose_manifest_is_replaced_under_it_reads_the_new_one(folder, 
 
     monkeypatch.setattr(LocalStorage, "read", grow_in_between)
     assert open_cache(root).manifest.group("train").views == 2
+
+
+class Meanwhile:
+    """A storage in which another process creates a cache just after it was asked for manifests first."""
+
+    def __init__(self, root, create):
+        self._storage, self._create = open_storage(root), create
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+    def names(self, folder):
+        found = self._storage.names(folder)
+        if folder == "manifest" and self._create:
+            self._create, create = None, self._create
+            create()
+        return found
+
+
+def test_a_cache_that_another_process_creates_meanwhile_is_joined(tmp_path):
+    wanted = manifest(group(samples=3))
+    writer = open_writer(Meanwhile(tmp_path / "c", lambda: open_writer(tmp_path / "c", wanted)), wanted)
+    write_pending(writer)
+    assert open_cache(tmp_path / "c").missing() == 0
+
+
+def test_a_folder_that_holds_something_else_is_no_place_for_a_cache(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SpecError, match="is not empty and no cache .it holds thesis.tex.; choose another"):
+        open_writer(tmp_path / "c", manifest(group(samples=3)))
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["thesis.tex"]

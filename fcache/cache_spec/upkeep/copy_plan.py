@@ -11,7 +11,7 @@ from fcache.cache_spec.identity import first_difference
 from fcache.cache_spec.layout import FEATURES, Group, Manifest, Shard, part_arrays
 from fcache.cache_spec.shardfile import shard_key
 from fcache.cache_spec.storage.protocol import Storage, open_storage
-from fcache.cache_spec.store import check_identity, is_cache, read_manifest
+from fcache.cache_spec.store import check_identity, foreign_file, is_cache, read_manifest
 from fcache.cache_spec.tables import COMMIT as TABLES
 from fcache.cache_spec.tables import table_files
 from fcache.cache_spec.upkeep.verify import Fault
@@ -68,11 +68,8 @@ def merged(manifest: Manifest, there: Storage) -> Manifest:
     Raises IncompatibleError if the target has another identity, other targets, or records at other places.
     """
     if not is_cache(there):
-        # Manifests are the first thing in a new cache: with one, this is a copy that was interrupted.
-        if not there.names("manifest"):
-            for name, _ in there.walk():
-                if name.split("/")[0] not in ("lock", "partial"):
-                    raise SpecError(f"{there.url} is not empty and no cache (it holds {name}); choose another target")
+        if name := foreign_file(there, ("lock", "partial")):
+            raise SpecError(f"{there.url} is not empty and no cache (it holds {name}); choose another target")
         return manifest
     found = read_manifest(there)
     check_identity(found.features, manifest.features)
