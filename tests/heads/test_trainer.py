@@ -185,10 +185,10 @@ def test_a_head_that_fails_stops_alone_and_is_recorded(scenes, tmp_path, monkeyp
 
 
 def test_a_head_that_cannot_be_scored_stops_alone(scenes, tmp_path, monkeypatch):
-    def predict(module, batch, options):
+    def merge(outputs, views, options):
         raise RuntimeError("no prediction")
 
-    monkeypatch.setitem(semantic.HEADS, "linear", replace(find_head("semantic/linear"), predict=predict))
+    monkeypatch.setitem(semantic.HEADS, "linear", replace(find_head("semantic/linear"), merge=merge))
     runs = _train(scenes(8), THREE[:2], tmp_path, validation=scenes(4, role="evaluation"))
     assert [run.status for run in runs] == ["stopped", "finished"]
     assert "no prediction" in runs[0].reason
