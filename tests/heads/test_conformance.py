@@ -6,12 +6,28 @@ import pytest
 import torch
 
 from fcache.cache_spec.testing import MemorySource
-from fcache.heads import Batch, TrainConfig, choose_head, find_head, head_names, load_head, load_run, to_batch, train
+from fcache.heads import (
+    Batch,
+    TrainConfig,
+    choose_head,
+    choose_heads,
+    find_head,
+    head_names,
+    load_head,
+    load_run,
+    to_batch,
+    train,
+)
 from fcache.heads.metrics import score, stack_states
+from fcache.heads.runs import load_weights
 
 CPU = torch.device("cpu")
 # Narrow forms of heads whose default width is a paper's.
-SMALL = {"semantic/upernet": "semantic/upernet:width=16,aux=true,norm_inputs=true"}
+SMALL = {
+    "semantic/mask2former": "semantic/mask2former:width=16,attention_heads=4,queries=8,points=64,pixel_blocks=1,"
+    "decoder_blocks=2,norm_inputs=true",
+    "semantic/upernet": "semantic/upernet:width=16,aux=true,norm_inputs=true",
+}
 
 
 @pytest.fixture
@@ -37,6 +53,10 @@ def test_the_loss_sends_gradient_to_every_parameter_and_none_to_the_features(nam
     source = source_for(name)
     choice, module = _built(name, source)
     batch = to_batch(next(iter(source.blocks(0))), CPU)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            # Weights that begin at zero, as those of deformable attention, hold gradient back from what they weigh.
+            parameter.add_(0.01 * torch.randn_like(parameter))
     terms = choice.head.loss(module.train(), batch, choice.options)
     sum(terms.values()).backward()
     assert all(t.ndim == 0 and float(t.detach()) > 0 for t in terms.values())
@@ -95,3 +115,16 @@ def test_a_head_reads_no_level_but_those_it_names(name: str, source_for):
     batch = to_batch(next(iter(source.blocks(0))), CPU, levels=choice.levels(source.info.levels))
     choice.head.loss(module, batch, choice.options)
     assert choice.head.predict(module.eval(), batch, choice.options)
+
+
+@pytest.mark.parametrize("needs", sorted({find_head(name).needs for name in head_names()}, key=sorted))
+def test_every_head_ends_with_the_same_weights_alone_and_among_all_others(needs: frozenset[str], source_for, tmp_path):
+    names = [name for name in head_names() if find_head(name).needs == needs]
+    source, config = source_for(names[0]), TrainConfig(iterations=3, batch_size=4, clip=1.0)
+    texts = [SMALL.get(name, name) for name in names]
+    together = train(source, choose_heads(texts, source.info, config), config, out=tmp_path / "all")
+    for text, run in zip(texts, together, strict=True):
+        alone = train(source, [choose_head(text, source.info, config)], config, out=tmp_path / "alone")[0]
+        one, other = load_weights(run), load_weights(alone)
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
