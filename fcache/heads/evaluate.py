@@ -47,19 +47,20 @@ class Scored:
 
 
 def load_head(run: Run, *, device: torch.device | str = "cpu") -> TrainedHead:
-    """The trained head of a run on a device, in evaluation mode.
+    """The trained head of a run on a device, in evaluation mode. Options younger than the run have their defaults.
 
     Raises IncompatibleError if its weights do not fit the head that the run describes.
     """
     head = find_head(run.head)
-    module = head.build(run.inputs, run.options)
+    options = {**head.options, **run.options}
+    module = head.build(run.inputs, options)
     try:
         module.load_state_dict(load_weights(run))
     except RuntimeError as error:
         raise IncompatibleError(
             f"the weights in {run.folder} do not fit head {run.label!r} of this fcache; train it again: {error}"
         ) from error
-    return TrainedHead(run.label, head, run.options, run.inputs, module.to(device).eval())
+    return TrainedHead(run.label, head, options, run.inputs, module.to(device).eval())
 
 
 def evaluate(run: Run, source: BlockSource, *, device: torch.device | str = "cpu", report: Report = silent) -> Scored:

@@ -29,7 +29,7 @@ def label_maps(count: int, *, size: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def scenes() -> Callable[..., MemorySource]:
-    """Makes semantic sources: `scenes(count, role=…, size=…)`."""
+    """Makes semantic sources: `scenes(count, role=…, size=…)`; with `blocks` those of a plain ViT instead of levels."""
 
     def make(
         count: int = 8,
@@ -38,6 +38,7 @@ def scenes() -> Callable[..., MemorySource]:
         batch_size: int = 4,
         size: int = 64,
         strides: tuple[int, ...] = (4, 8, 16),
+        blocks: int = 0,
         seed: int = 0,
         encoding: str = "fp32",
         random_weights: str | None = None,
@@ -46,18 +47,19 @@ def scenes() -> Callable[..., MemorySource]:
         maps = label_maps(count, size=size, seed=seed)
         rng = np.random.default_rng(seed + 1)
         features: dict[str, np.ndarray] = {}
-        for s in strides:
+        levels = {f"block-{i}": 16 for i in range(blocks)} or {f"level-{s}": s for s in strides}
+        for i, (name, s) in enumerate(levels.items()):
             seen = np.eye(len(CLASSES))[maps[:, s // 2 :: s, s // 2 :: s]].transpose(0, 3, 1, 2)
-            mixing = np.random.default_rng(s).normal(size=(CHANNELS[s], len(CLASSES)))
+            mixing = np.random.default_rng(100 + i if blocks else s).normal(size=(CHANNELS[s], len(CLASSES)))
             x = np.einsum("ck,nkhw->nchw", mixing, seen)
-            features[f"level-{s}"] = (x + noise * rng.normal(size=x.shape)).astype(np.float32)
+            features[name] = (x + noise * rng.normal(size=x.shape)).astype(np.float32)
         targets: dict[str, np.ndarray | list[np.ndarray]] = {"semantic/map": maps}
         if role == "evaluation":
             targets["semantic/truth"] = [png(m) for m in maps]
         return memory_source(
             features,
             targets,
-            strides={f"level-{s}": s for s in strides},
+            strides=levels,
             specs=(TargetSpec("semantic", "squares", CLASSES, ignore=255),),
             batch_size=batch_size,
             role=role,

@@ -40,6 +40,10 @@ def test_an_evaluation_of_the_run_equals_the_recorded_one(run, scenes):
         np.testing.assert_array_equal(array, scored.states[name])
 
 
+def test_an_option_that_a_run_does_not_know_yet_has_its_default(run):
+    assert load_head(replace(run, options={})).options == load_head(run).options
+
+
 def test_scores_do_not_depend_on_how_samples_are_split_into_batches(run, scenes):
     sources = [scenes(6, role="evaluation", batch_size=n) for n in (1, 4, 6)]
     found = [dict(evaluate(run, source).scores.values) for source in sources]

@@ -19,9 +19,9 @@ class TopDown(nn.Module):
         self.lateral = nn.ModuleList(ConvNormAct(c, width, kernel=1) for c in channels)
         self.smooth = nn.ModuleList(ConvNormAct(width, width, kernel=3) for _ in channels)
 
-    def forward(self, levels: Sequence[Tensor], top: Tensor) -> list[Tensor]:
-        """Levels [B, C_i, H_i, W_i] without the top, and the top [B, width, H, W] -> one map a level and the top."""
-        sums = [lateral(x) for lateral, x in zip(self.lateral, levels, strict=True)] + [top]
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Levels [B, C_i, H_i, W_i] and last the top [B, width, H, W] -> as many maps of `width` channels."""
+        sums = [lateral(x) for lateral, x in zip(self.lateral, levels[:-1], strict=True)] + [levels[-1]]
         for i in range(len(sums) - 1, 0, -1):
             sums[i - 1] = sums[i - 1] + resize(sums[i], (sums[i - 1].shape[2], sums[i - 1].shape[3]))
         return [smooth(x) for smooth, x in zip(self.smooth, sums[:-1], strict=True)] + [sums[-1]]

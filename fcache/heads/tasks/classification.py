@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcache.cache_spec import LevelSpec, SpecError, unknown_name
+from fcache.cache_spec import LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
 from fcache.heads.metrics import Metric, classification_metric
+from fcache.heads.parts import find_level
 
 
 class LinearProbe(nn.Module):
@@ -45,10 +46,7 @@ def _names(options: Options) -> list[str]:
 
 
 def _levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
-    names = [level.name for level in available]
-    if options["level"] and options["level"] not in names:
-        raise unknown_name("level", options["level"], names)
-    return (options["level"] or names[-1],)
+    return (find_level(available, options["level"]),)
 
 
 def _build(inputs: HeadInput, options: Options) -> nn.Module:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fcache.cache_spec import LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
-from fcache.heads.parts import ChannelNorm, resize
+from fcache.heads.parts import ChannelNorm, SimpleAdaptors, adapted_levels, resize
+from fcache.heads.parts.adaptors import STRIDE_FACTORS, adapts
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
 from fcache.heads.parts.pixel_decoder import PixelDecoder
@@ -17,25 +18,32 @@ from fcache.heads.parts.segmentation import fine_to_coarse, largest_at_original_
 
 TASK = "semantic"
 
-# Attention over places of stride 4 would be 16 times that of stride 8, and the paper has three levels of it.
-ENCODED_STRIDE, ENCODED = 8, 3
+# At stride 4 there are four times as many places as at stride 8; the paper has three levels of attention above it.
+FINE_STRIDE, ENCODED = 4, 3
 
 
 class Mask2Former(nn.Module):
     """Pixel decoder and transformer decoder of Mask2Former over levels, fine to coarse.
 
-    The three coarsest levels of stride 8 or more are encoded, or the coarsest if there is none; the finer ones join in
-    the top-down path. Masks have the size of the finest level.
+    The three coarsest levels of a stride above 4 are encoded, or the coarsest if there is none; the finer ones join in
+    the top-down path. Masks have the size of the finest level. Where the option `adaptors` says so, levels of one
+    stride first become four, see `SimpleAdaptors`.
     """
 
     def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
         super().__init__()
         channels = [level.channels for level in levels]
-        encoded = max(1, min(ENCODED, sum(level.stride >= ENCODED_STRIDE for level in levels)))
+        strides = [float(level.stride) for level in levels]
         width = options["width"]
         shared = {"heads": options["attention_heads"], "dropout": options["dropout"]}
         self.names = tuple(level.name for level in levels)
         self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
+        self.adaptors = None
+        if adapts(levels, options["adaptors"]):
+            self.adaptors = SimpleAdaptors(channels)
+            channels = list(self.adaptors.channels)
+            strides = [strides[0] * factor for factor in STRIDE_FACTORS]
+        encoded = max(1, min(ENCODED, sum(stride > FINE_STRIDE for stride in strides)))
         self.pixels = PixelDecoder(
             channels,
             encoded=encoded,
@@ -59,6 +67,8 @@ class Mask2Former(nn.Module):
         last of which is the prediction, and mask features [B, width, h, w].
         """
         levels = [norm(features[name]) for name, norm in zip(self.names, self.norms, strict=True)]
+        if self.adaptors is not None:
+            levels = self.adaptors(levels)
         with torch.autocast(levels[0].device.type, enabled=False):
             # As the original: places to sample need more than the 8 bits of bfloat16.
             encoded, mask_features = self.pixels([x.to(torch.promote_types(x.dtype, torch.float32)) for x in levels])
@@ -66,9 +76,9 @@ class Mask2Former(nn.Module):
 
 
 def _levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
-    """All levels of stride `mask_stride` or more; if there is none, the coarsest."""
-    wanted = [level.name for level in available if level.stride >= options["mask_stride"]]
-    return tuple(wanted) or (max(available, key=lambda level: level.stride).name,)
+    """All levels of stride `mask_stride` or more; if there is none, the coarsest. Of those what the adaptors take."""
+    wanted = [level for level in available if level.stride >= options["mask_stride"]]
+    return adapted_levels(wanted or [max(available, key=lambda level: level.stride)], options["adaptors"])
 
 
 def _check(inputs: HeadInput, options: Options) -> None:
@@ -159,6 +169,7 @@ HEADS = {
             "dropout": 0.0,
             "norm_inputs": False,
             "mask_stride": 4,
+            "adaptors": "auto",
             "points": 112 * 112,
             "oversampling": 3.0,
             "importance": 0.75,

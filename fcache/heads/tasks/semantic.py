@@ -1,14 +1,13 @@
-"""Semantic segmentation: `linear` and `upernet`. Labels `semantic/map`, scores at original size."""
+"""Semantic segmentation: `linear`, `fcn` and `upernet`. Labels `semantic/map`, scores at original size."""
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fcache.cache_spec import IGNORE, LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options
-from fcache.heads.parts import ChannelNorm, ConvNormAct, PyramidPooling, TopDown, resize
+from fcache.heads.parts import FCN, UPERNET_OPTIONS, ChannelNorm, UPerNet, adapted_levels, find_level, resize
 from fcache.heads.parts.segmentation import (
     fine_to_coarse,
     labels_at_original_size,
@@ -33,72 +32,50 @@ class LinearSegmenter(nn.Module):
         return [sum((resize(m, size) for m in maps[1:]), start=maps[0])]
 
 
-class UPerNet(nn.Module):
-    """UPerNet as Swin and mmsegmentation have it: pyramid pooling on the top level, a top-down path, fusion.
+class FCNSegmenter(nn.Module):
+    """mmsegmentation's FCNHead on one level."""
 
-    All maps are resized to the finest level, concatenated, fused by a 3x3 block, and classified by a 1x1 convolution
-    after channel dropout. With an auxiliary head (one 3x3 block of `AUXILIARY` channels on the level of stride 16, and
-    a classifier) logits come as a pair. With one level it is pyramid pooling and fusion.
-    """
-
-    AUXILIARY = 256
-
-    def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
+    def __init__(self, level: LevelSpec, num_classes: int, options: Options) -> None:
         super().__init__()
-        width = options["width"]
-        channels = [level.channels for level in levels]
-        self.names = tuple(level.name for level in levels)
-        self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
-        self.pyramid = PyramidPooling(channels[-1], width)
-        self.top_down = TopDown(channels[:-1], width)
-        self.fuse = ConvNormAct(len(levels) * width, width, kernel=3)
-        self.dropout = nn.Dropout2d(options["dropout"])
-        self.classify = _classifier(width, num_classes)
-        self.auxiliary = nn.ModuleList()
-        self.auxiliary_level = _auxiliary_level(levels)
-        if options["aux"]:
-            c = channels[self.auxiliary_level]
-            self.auxiliary.append(ConvNormAct(c, self.AUXILIARY, kernel=3))
-            self.auxiliary.append(nn.Dropout2d(options["dropout"]))
-            self.auxiliary.append(_classifier(self.AUXILIARY, num_classes))
+        self.name = level.name
+        self.norm = ChannelNorm(level.channels) if options["norm_inputs"] else nn.Identity()
+        self.fcn = FCN(
+            level.channels,
+            num_classes,
+            width=options["width"],
+            num_convs=options["num_convs"],
+            concat_input=options["concat_input"],
+            dropout=options["dropout"],
+        )
 
     def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features by level name -> logits [B, K, H, W] at the finest level, then the auxiliary ones in training."""
-        levels = [norm(features[name]) for name, norm in zip(self.names, self.norms, strict=True)]
-        maps = self.top_down(levels[:-1], self.pyramid(levels[-1]))
-        size = (maps[0].shape[2], maps[0].shape[3])
-        fused = self.fuse(torch.cat([maps[0], *(resize(m, size) for m in maps[1:])], dim=1))
-        logits = [self.classify(self.dropout(fused))]
-        if self.auxiliary and self.training:
-            x = levels[self.auxiliary_level]
-            for layer in self.auxiliary:
-                x = layer(x)
-            logits.append(x)
-        return logits
+        """Features by level name -> [logits [B, K, H, W]] at the level's size."""
+        return [self.fcn(self.norm(features[self.name]))]
 
 
-def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
+def _fcn_levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
+    return (find_level(available, options["level"]),)
 
 
-def _auxiliary_level(levels: Sequence[LevelSpec]) -> int:
-    """The index of the level of stride 16; the last but one where that is not one level, as in a plain ViT."""
-    at_16 = [i for i, level in enumerate(levels) if level.stride == 16]
-    return at_16[0] if len(at_16) == 1 else max(0, len(levels) - 2)
+def _upernet_levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
+    return adapted_levels(available, options["adaptors"])
 
 
 def _build_linear(inputs: HeadInput, options: Options) -> nn.Module:
     return LinearSegmenter(fine_to_coarse(inputs), inputs.num_classes("semantic"))
 
 
-def _build_upernet(inputs: HeadInput, options: Options) -> nn.Module:
-    if options["width"] < 1 or not 0 <= options["dropout"] < 1:
+def _build_fcn(inputs: HeadInput, options: Options) -> nn.Module:
+    if options["width"] < 1 or options["num_convs"] < 1 or not 0 <= options["dropout"] < 1:
         raise SpecError(
-            f"upernet needs width >= 1 and dropout in [0, 1), got {options['width']} and {options['dropout']}"
+            f"fcn needs width >= 1, num_convs >= 1 and dropout in [0, 1), got {options['width']}, "
+            f"{options['num_convs']} and {options['dropout']}"
         )
+    (level,) = fine_to_coarse(inputs)
+    return FCNSegmenter(level, inputs.num_classes("semantic"), options)
+
+
+def _build_upernet(inputs: HeadInput, options: Options) -> nn.Module:
     return UPerNet(fine_to_coarse(inputs), inputs.num_classes("semantic"), options)
 
 
@@ -127,19 +104,30 @@ HEADS = {
         metrics=segmentation_metrics,
         options={"avg_non_ignore": True},
     ),
+    "fcn": Head(
+        needs=frozenset({"semantic"}),
+        build=_build_fcn,
+        loss=_loss,
+        predict=_predict,
+        metrics=segmentation_metrics,
+        options={
+            "level": "",
+            "width": 512,
+            "num_convs": 2,
+            "concat_input": True,
+            "dropout": 0.1,
+            "norm_inputs": False,
+            "avg_non_ignore": True,
+        },
+        levels=_fcn_levels,
+    ),
     "upernet": Head(
         needs=frozenset({"semantic"}),
         build=_build_upernet,
         loss=_loss,
         predict=_predict,
         metrics=segmentation_metrics,
-        options={
-            "width": 512,
-            "dropout": 0.1,
-            "norm_inputs": False,
-            "aux": False,
-            "aux_weight": 0.4,
-            "avg_non_ignore": True,
-        },
+        options={**UPERNET_OPTIONS, "avg_non_ignore": True},
+        levels=_upernet_levels,
     ),
 }

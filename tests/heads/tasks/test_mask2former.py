@@ -228,22 +228,26 @@ def test_weights_begin_as_in_the_original_and_as_in_the_library_where_that_does(
 
 
 @pytest.mark.parametrize(
-    ("strides", "read", "encoded", "stride"),
+    ("strides", "adaptors", "read", "encoded", "finest"),
     [
-        ((4, 8, 16, 32), 4, 3, 4),
-        ((2, 4, 8, 16, 32), 4, 3, 4),
-        ((8, 16, 32), 3, 3, 8),
-        ((4, 8, 16, 32, 64), 5, 3, 4),
-        ((16, 16, 16, 16), 4, 3, 16),
-        ((4, 32), 2, 1, 4),
-        ((4,), 1, 1, 4),
-        ((2,), 1, 1, 2),
-        ((1, 2), 1, 1, 2),
+        ((4, 8, 16, 32), "auto", 4, 3, 1),
+        ((2, 4, 8, 16, 32), "auto", 4, 3, 1),
+        ((8, 16, 32), "auto", 3, 3, 1),
+        ((4, 8, 16, 32, 64), "auto", 5, 3, 1),
+        ((16, 16, 16, 16), "none", 4, 3, 1),
+        ((16, 16, 16, 16), "auto", 4, 3, 4),
+        ((16,) * 12, "auto", 4, 3, 4),
+        ((14,), "auto", 1, 3, 4),
+        ((16,), "none", 1, 1, 1),
+        ((4, 32), "auto", 2, 1, 1),
+        ((4,), "auto", 1, 1, 1),
+        ((2,), "auto", 1, 1, 1),
+        ((1, 2), "auto", 1, 1, 1),
     ],
 )
-def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], read: int, encoded: int, stride: int):
+def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], adaptors: str, read: int, encoded: int, finest: int):
     inputs = _inputs(tuple(6 + i for i in range(len(strides))), 5, strides)
-    options = {**HEAD.options, **SMALL}
+    options = {**HEAD.options, **SMALL, "adaptors": adaptors}
     names = HEAD.levels(inputs.levels, options)
     assert len(names) == read
     levels = tuple(level for level in inputs.levels if level.name in names)
@@ -257,7 +261,8 @@ def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], read: int, enc
         classes, embeddings, mask_features = module(features)
         assert len(classes) == len(embeddings) == 4
         assert classes[0].shape == (2, 12, 6)
-        assert mask_features.shape == (2, 32, -(-height // stride), -(-width // stride))
+        sides = (finest * side for side in features[levels[0].name].shape[2:])
+        assert mask_features.shape == (2, 32, *sides)
         labels = torch.randint(0, 5, (2, height, width), dtype=torch.uint8)
         terms = HEAD.loss(module, Batch(("a", "b"), (), features, {"semantic/map": labels}), options)
         assert all(torch.isfinite(t) for t in terms.values())
