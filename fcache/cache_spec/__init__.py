@@ -5,7 +5,9 @@ from fcache.cache_spec.block import Block as Block
 from fcache.cache_spec.block import BlockSource as BlockSource
 from fcache.cache_spec.block import CodedLevel as CodedLevel
 from fcache.cache_spec.block import FeaturePyramid as FeaturePyramid
+from fcache.cache_spec.block import ImageViews as ImageViews
 from fcache.cache_spec.block import SourceInfo as SourceInfo
+from fcache.cache_spec.block import ViewSource as ViewSource
 from fcache.cache_spec.encodings import encoding_names as encoding_names
 from fcache.cache_spec.encodings import find_encoding as find_encoding
 from fcache.cache_spec.errors import CorruptError as CorruptError

@@ -1,6 +1,6 @@
 """Blocks: what a cache writer takes and what every source of training or test data gives."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -105,4 +105,40 @@ class BlockSource(Protocol):
 
         Those of `epochs` epochs follow each other, and are read ahead over their ends; of None without end.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class ImageViews(Generic[A]):
+    """Some images, each in the same number of views.
+
+    `blocks()` gives one block a view, `num_views` in all: its records are the images in the order of `ids`, its `views`
+    say where each lies. A backbone may run in it, a block at a time. `targets` are those of the images' evaluation
+    records, in the form of `Block.targets`; the blocks have none.
+    """
+
+    ids: tuple[str, ...]
+    num_views: int
+    blocks: Callable[[], Iterator[Block[A]]]
+    targets: Mapping[str, np.ndarray | Sequence[np.ndarray]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class ViewSource(Protocol):
+    """An evaluation split with several views an image: test-time augmentation."""
+
+    @property
+    def info(self) -> SourceInfo:
+        """What the blocks hold."""
+        ...
+
+    @property
+    def num_groups(self) -> int:
+        """How many times `groups` gives some images."""
+        ...
+
+    def groups(self) -> Iterator[ImageViews[Any]]:
+        """All images, some at a time, each image once."""
         ...

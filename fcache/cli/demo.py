@@ -37,12 +37,12 @@ def command(out: str, model: str, weights: str, device: str | None) -> None:
     from fcache.cli.compare import text
     from fcache.cli.extract import progress_of
     from fcache.cli.interrupts import stop_on_signals
-    from fcache.cli.job import best_device
+    from fcache.cli.job import best_device, job_of_run
     from fcache.cli.predict import open_reader, show
     from fcache.cli.progress import Progress, duration
     from fcache.cli.train_head import train_from
-    from fcache.extractor import Job, Stopped, extract, write_scenes
-    from fcache.heads import compare, load_head, load_recipe, predict
+    from fcache.extractor import Job, SeenPhotos, Stopped, extract, write_scenes
+    from fcache.heads import compare, load_head, load_recipe, see, view_batches
 
     folder, device = Path(out), device or best_device()
     scenes, cache, runs = folder / "scenes", folder / "demo.fcache", folder / "runs"
@@ -81,10 +81,15 @@ def command(out: str, model: str, weights: str, device: str | None) -> None:
     )
     comparison = compare(trained)
     best = comparison.rows[0].runs[0]
-    photo = open_reader(best, weights, device)(next(iter(sorted(scenes.glob("images/validation/*.jpg")))))
+    path = min(scenes.glob("images/validation/*.jpg"))
+    head = load_head(best, device=device)
+    reader = open_reader(best, job_of_run(best, weights=weights, root=None, device=device))
     click.echo(text(comparison))
     click.echo()
     click.echo(f"backbone  {model}, weights {weights}" + (" (RANDOM)" if best.random_weights else ""))
     click.echo("overlay   ", nl=False)
-    show(best, photo, predict(load_head(best, device=device), photo.block, device=device)[0], folder)
+    for found in reader.read([path]):
+        assert isinstance(found, SeenPhotos), "the demo draws photos that can be read"
+        (seen,) = see(head, view_batches([head], found.views, device=device))
+        show(best, found.photos[0], seen, folder / path.stem, frozenset({"overlay"}))
     click.echo(f"took      {duration(time.monotonic() - started)}")

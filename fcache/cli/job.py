@@ -52,6 +52,15 @@ OPTIONS = (
 )
 
 
+# Test-time views, for the commands that run the backbone on them.
+tta_option = click.option(
+    "--tta",
+    help="Test-time views, words joined by '-': ms (six scales), flip, slide (windows), as in 'ms-flip', "
+    "'ms-flip:scales=0.5,1,1.5' or 'slide:window=512,stride=341'.",
+    metavar="VIEWS",
+)
+
+
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an extraction to a click command."""
     for option in reversed(OPTIONS):

@@ -1,58 +1,130 @@
 """`fcache predict`: a backbone and a trained head on photos."""
 
+import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from fcache.cli.job import tta_option
+
 if TYPE_CHECKING:
-    from fcache.extractor import Photo, PhotoReader
-    from fcache.heads import Prediction, Run
+    from fcache.extractor import Job, Photo, PhotoReader
+    from fcache.heads import Run, Seen
+
+PRODUCTS = ("overlay", "labels", "probabilities")
+UNREADABLE = 3
 
 
 @click.command(
     epilog="""\b
 Examples:
   fcache predict runs/upernet-seed0 photo.jpg
-  fcache predict runs/linear-seed0 photos/*.jpg --weights mobilenet.safetensors --out overlays
+  fcache predict runs/linear-seed0 photos --out overlays --batch-size 8
+  fcache predict runs/upernet-seed0 photos --save labels,probabilities
+  fcache predict runs/upernet-seed0 photo.jpg --tta ms-flip --weights mobilenet.safetensors
 
 \b
-Label maps become overlay pictures, whose paths are printed; classes are printed with their
-probabilities, best first.
+Of label maps, files are written and their paths printed, one a line:
+  overlay        PHOTO-RUN.png                 the photo with classes and legend
+  labels         PHOTO-RUN.labels.png          8-bit class indices, 255 classes at most
+  probabilities  PHOTO-RUN.probabilities.npy   float16 [class, row, column]
+RUN.classes.json names the classes. Sizes are the photo's, its orientation applied. Below a folder
+all photos are taken, in folders of --out like their own. Classes of whole photos are printed
+with their probabilities, best first. A photo that cannot be read is named, the others go on, and
+the exit status is 3.
 """
 )
 @click.argument("run", metavar="RUN")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @click.option("--weights", help="The backbone's weights, if they have moved since extraction.", metavar="FILE")
-@click.option("--out", default="predictions", show_default=True, help="Folder for overlay pictures.", metavar="DIR")
+@click.option("--out", default="predictions", show_default=True, help="Folder for what is written.", metavar="DIR")
+@click.option("--save", help="What is written: overlay [default], labels, probabilities.", metavar="LIST")
+@tta_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Photos in one forward pass, of those that are equally large on the backbone's input.",
+    metavar="N",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else the CPU.", metavar="NAME")
-def command(run: str, images: tuple[str, ...], weights: str | None, out: str, device: str | None) -> None:
-    """Run the backbone and the head of RUN on photos."""
-    from fcache.cache_spec import DataError
-    from fcache.cli.job import best_device
-    from fcache.heads import load_head, load_run, predict
+def command(
+    run: str,
+    images: tuple[str, ...],
+    weights: str | None,
+    out: str,
+    save: str | None,
+    tta: str | None,
+    batch_size: int,
+    device: str | None,
+) -> int:
+    """Run the backbone and the head of RUN on photos, and on all photos below folders."""
+    from fcache.cache_spec import SpecError
+    from fcache.cli.job import best_device, job_of_run
+    from fcache.cli.outputs import output_names
+    from fcache.cli.progress import Progress, rate
+    from fcache.extractor import Unreadable, find_photos, find_tta
+    from fcache.heads import load_head, load_run, see, view_batches
 
     trained_on = load_run(run)
+    products = parse_products(save, trained_on)
     device = device or best_device()
-    if missing := [image for image in images if not Path(image).is_file()]:
-        raise DataError(f"no photo at {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    head = load_head(trained_on, device=device)
-    reader = open_reader(trained_on, weights, device)
-    for image in images:
-        photo = reader(Path(image))
-        show(trained_on, photo, predict(head, photo.block, device=device)[0], Path(out))
+    job = job_of_run(trained_on, weights=weights, root=None, device=device)
+    views = find_tta(tta, job) if tta else None
+    if same := [image for image in images if Path(image).is_dir() and Path(image).resolve() == Path(out).resolve()]:
+        raise SpecError(f"overlays in {same[0]} would be photos the next time; choose another --out")
+    photos = find_photos([Path(image) for image in images], leave_out=Path(out))
+    names = dict(zip((photo.path for photo in photos), output_names(photos), strict=True))
+    head, reader = load_head(trained_on, device=device), open_reader(trained_on, job)
+    done, failed, started = 0, 0, time.monotonic()
+    with Progress() as progress:
+        for item in reader.read(list(names), tta=views, batch_size=batch_size):
+            if isinstance(item, Unreadable):
+                progress.note(f"fcache: error: {item.reason}")
+                failed += 1
+                continue
+            for photo, seen in zip(
+                item.photos, see(head, view_batches([head], item.views, device=device)), strict=True
+            ):
+                show(trained_on, photo, seen, Path(out) / names[photo.path], products)
+            done += len(item.photos)
+            progress.show(f"predict  {rate(done, len(names) - failed, time.monotonic() - started, 'photos')}")
+    if done and products - {"overlay"}:
+        classes = Path(out) / f"{trained_on.folder.name}.classes.json"
+        classes.write_text(json.dumps(list(trained_on.targets[0].class_names), indent=1) + "\n", encoding="utf-8")
+    if failed:
+        click.echo(f"predict  {failed} of {len(names)} photos could not be read", err=True)
+    return UNREADABLE if failed else 0
 
 
-def open_reader(run: "Run", weights: str | None, device: str) -> "PhotoReader":
-    """The photo reader whose features are those that a run was trained on.
+def parse_products(text: str | None, run: "Run") -> frozenset[str]:
+    """What is to be written, from "labels,probabilities". Raises SpecError for unknown names, and for other tasks."""
+    from fcache.cache_spec import SpecError, unknown_name
+    from fcache.cli.job import words
+
+    chosen = words(text) if text is not None else ("overlay",)
+    for name in chosen:
+        if name not in PRODUCTS:
+            raise unknown_name("product", name, PRODUCTS)
+    if not chosen:
+        raise SpecError(f"--save names one or more of {', '.join(PRODUCTS)}")
+    if text is not None and run.task != "semantic":
+        raise SpecError(f"--save is for label maps; heads of task {run.task!r} print classes")
+    return frozenset(chosen)
+
+
+def open_reader(run: "Run", job: "Job") -> "PhotoReader":
+    """The photo reader of a run's job, whose features are those that the run was trained on.
 
     Raises IncompatibleError naming the first field in which backbone or test view differ.
     """
     from fcache.cache_spec import IncompatibleError, first_difference
-    from fcache.cli.job import job_of_run
     from fcache.extractor import open_photos
 
-    reader = open_photos(job_of_run(run, weights=weights, root=None, device=device))
+    reader = open_photos(job)
     difference = first_difference(run.features.backbone, reader.backbone.spec, "backbone") or first_difference(
         run.features.evaluation.views, reader.recipe.evaluation, "views"
     )
@@ -65,23 +137,40 @@ def open_reader(run: "Run", weights: str | None, device: str) -> "PhotoReader":
     return reader
 
 
-def show(run: "Run", photo: "Photo", prediction: "Prediction", out: Path) -> None:
-    """Write an overlay and print its path, or print the best classes."""
-    import numpy as np
-    from PIL import Image
-
-    from fcache.heads import best_classes, overlay
+def show(run: "Run", photo: "Photo", seen: "Seen", stem: Path, products: frozenset[str]) -> None:
+    """Write what was asked for and print the paths, or print the best classes. `stem` is a path without ending."""
+    if run.task != "semantic":
+        show_classes(run, photo, seen)
+        return
+    from fcache.cli.outputs import save_png
+    from fcache.heads import overlay, save_probabilities
 
     target = run.targets[0]
-    if run.task != "semantic":
-        variants = [name.partition("/")[2] for name in run.metrics if name.startswith("top1/")]
-        chosen = run.evaluations[-1].chosen if run.evaluations else ""
-        variant = variants.index(chosen) if chosen in variants else 0
-        for name, probability in best_classes(prediction, target.class_names, variant=variant):
-            click.echo(f"{photo.path}\t{name}\t{probability:.4f}")
-        return
-    picture = overlay(photo.image, np.asarray(prediction.value), target.palette, target.class_names)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{photo.path.stem}-{run.folder.name}.png"
-    Image.fromarray(picture).save(path)
-    click.echo(str(path))
+    base = f"{stem.name}-{run.folder.name}"
+    written: list[Path] = []
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if products & {"overlay", "labels"}:
+        labels = seen.merged().numpy()
+        if "overlay" in products:
+            written.append(stem.with_name(f"{base}.png"))
+            save_png(written[-1], overlay(photo.image, labels, target.palette, target.class_names))
+        if "labels" in products:
+            written.append(stem.with_name(f"{base}.labels.png"))
+            save_png(written[-1], labels)
+    if "probabilities" in products:
+        written.append(stem.with_name(f"{base}.probabilities.npy"))
+        save_probabilities(written[-1], seen)
+    for path in written:
+        click.echo(str(path))
+
+
+def show_classes(run: "Run", photo: "Photo", seen: "Seen") -> None:
+    """Print the best classes of a photo: its path, class and probability, separated by tabs."""
+    from fcache.heads import Prediction, best_classes
+
+    variants = [name.partition("/")[2] for name in run.metrics if name.startswith("top1/")]
+    chosen = run.evaluations[-1].chosen if run.evaluations else ""
+    variant = variants.index(chosen) if chosen in variants else 0
+    prediction = Prediction(seen.id, seen.merged())
+    for name, probability in best_classes(prediction, run.targets[0].class_names, variant=variant):
+        click.echo(f"{photo.path}\t{name}\t{probability:.4f}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fcache.cache_spec import DataError, View
 from fcache.cache_spec.storage.files import process_alive
-from fcache.extractor.datasets import DatasetSplit
+from fcache.extractor.datasets import DatasetSplit, RawSample, Sample
 from fcache.extractor.views import cut_view
 
 ATTEMPTS = 3
@@ -57,27 +57,35 @@ class Decoder:
     def __getitem__(self, request: Request) -> Decoded:
         split = self.splits[request.split]
         sample = split.samples[request.sample]
-        for attempt in range(ATTEMPTS):
-            try:
-                raw = split.load(split.root, sample)
-                viewed = cut_view(
-                    self.cuts[request.split],
-                    seed=self.seed,
-                    sample_id=sample.id,
-                    view=request.view,
-                    raw=raw,
-                    canvas=request.canvas,
-                    role=split.role,
-                )
-            except DataError as e:
-                return Decoded(request, failure=str(e))
-            except OSError as e:
-                if attempt == ATTEMPTS - 1:
-                    return Decoded(request, failure=f"{sample.path}: {e}", unreadable=True)
-                time.sleep(0.2 * 4**attempt)
-            else:
-                return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
-        raise AssertionError("the last attempt returns")
+        try:
+            raw = load_sample(split, sample)
+            viewed = cut_view(
+                self.cuts[request.split],
+                seed=self.seed,
+                sample_id=sample.id,
+                view=request.view,
+                raw=raw,
+                canvas=request.canvas,
+                role=split.role,
+            )
+        except DataError as e:
+            return Decoded(request, failure=str(e))
+        except OSError as e:
+            return Decoded(request, failure=f"{sample.path}: {e}", unreadable=True)
+        return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
+
+
+def load_sample(split: DatasetSplit, sample: Sample) -> RawSample:
+    """A sample decoded; a read that fails is tried again a few times.
+
+    Raises DataError if the sample cannot be decoded, OSError if it could not be read.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return split.load(split.root, sample)
+        except OSError:
+            time.sleep(0.2 * 4**attempt)
+    return split.load(split.root, sample)
 
 
 def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:

@@ -1,26 +1,22 @@
-"""Live sources: the backbone run on the fly, for parity, test-time views and photos."""
+"""Live sources: the backbone run on the fly, in place of a cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fcache.cache_spec import Block, CodedLevel, DataError, Group, SourceInfo, View
+from fcache.cache_spec import Block, CodedLevel, DataError, Group, SourceInfo
 from fcache.cache_spec.layout import new_group
 from fcache.cache_spec.streams.order import epoch_batches, span
 from fcache.extractor.backbones import Backbone
-from fcache.extractor.datasets import RawSample
 from fcache.extractor.decoding import Decoded, Request
 from fcache.extractor.forward import features_of
-from fcache.extractor.images import load_image
 from fcache.extractor.job import Job
-from fcache.extractor.prepare import Prepared, find_recipe, load_job_backbone, prepare
-from fcache.extractor.views import ViewRecipe, canvas, cut_view
+from fcache.extractor.prepare import Prepared, prepare
 
 
 def coded(features: dict[str, Tensor], backbone: Backbone, size: tuple[int, int]) -> dict[str, CodedLevel[Tensor]]:
@@ -51,19 +47,7 @@ class LiveSource:
     @property
     def info(self) -> SourceInfo:
         """Identity, levels, targets and extent."""
-        wanted, first = self.prepared.wanted, self.groups[0]
-        levels = first.levels if len(self.groups) == 1 else tuple(level.free() for level in first.levels)
-        extent = {"split": self.split, "samples": sum(len(g.ids) for g in self.groups), "views": first.views}
-        return SourceInfo(
-            split=self.split,
-            role=first.role,
-            features=wanted.features,
-            targets=wanted.targets,
-            levels=levels,
-            canvas=first.canvas,
-            random_weights=wanted.random_weights,
-            extent={**extent, "live": True},
-        )
+        return live_info(self.prepared, self.split)
 
     def num_blocks(self, epoch: int) -> int:
         """Blocks in an epoch."""
@@ -97,19 +81,40 @@ class LiveSource:
             if d.failure is not None:
                 raise DataError(f"sample {split.samples[d.request.sample].id!r}: {d.failure}")
         features = features_of([_tensor(d.image) for d in decoded], group.canvas, self.prepared.backbone)
-        targets: dict[str, Any] = {}
-        for spec in self.prepared.wanted.targets:
-            for a in group.target_arrays(spec.kind):
-                if not a.path.endswith(".count"):
-                    values = [(d.targets or {})[a.path] for d in decoded]
-                    targets[a.path] = values if a.ragged else np.stack(values)
         return Block(
             ids=tuple(split.samples[d.request.sample].id for d in decoded),
             views=tuple(d.view for d in decoded if d.view is not None),
             view_indices=tuple(d.request.view for d in decoded),
             levels=coded(features, self.prepared.backbone, group.canvas),
-            targets=targets,
+            targets=stacked_targets(self.prepared, group, [d.targets or {} for d in decoded]),
         )
+
+
+def live_info(prepared: Prepared, split: str) -> SourceInfo:
+    """What live blocks of a split hold."""
+    wanted, groups = prepared.wanted, prepared.wanted.split(split)
+    first = groups[0]
+    return SourceInfo(
+        split=split,
+        role=first.role,
+        features=wanted.features,
+        targets=wanted.targets,
+        levels=first.levels if len(groups) == 1 else tuple(level.free() for level in first.levels),
+        canvas=first.canvas,
+        random_weights=wanted.random_weights,
+        extent={"split": split, "samples": sum(len(g.ids) for g in groups), "views": first.views, "live": True},
+    )
+
+
+def stacked_targets(prepared: Prepared, group: Group, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The targets of single records of a group, by array path, as `Block.targets` has them."""
+    targets: dict[str, Any] = {}
+    for spec in prepared.wanted.targets:
+        for a in group.target_arrays(spec.kind):
+            if not a.path.endswith(".count"):
+                values = [record[a.path] for record in records]
+                targets[a.path] = values if a.ragged else np.stack(values)
+    return targets
 
 
 def _tensor(image: np.ndarray | None) -> Tensor:
@@ -122,39 +127,3 @@ def open_live(
 ) -> LiveSource:
     """A live block source over a split of a job (its cache is not touched). Raises as `prepare`."""
     return LiveSource(prepare(job), split, batch_size, order, seed, drop_last)
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo and its block of one record: uint8 RGB `image` [H, W, 3] and the features of its test view."""
-
-    path: Path
-    image: np.ndarray
-    block: Block[Tensor]
-
-
-@dataclass(frozen=True)
-class PhotoReader:
-    """Turns photos into blocks as the evaluation split of a job does; loads the backbone once."""
-
-    recipe: ViewRecipe
-    backbone: Backbone
-
-    def __call__(self, path: Path) -> Photo:
-        """One photo, orientation applied. Raises DataError or OSError if it cannot be read."""
-        image = load_image(path, apply_orientation=True)
-        size = (image.shape[0], image.shape[1])
-        cut = self.recipe.evaluation
-        shape = canvas(cut, size, multiple=self.backbone.size_multiple)
-        viewed = cut_view(
-            cut, seed=0, sample_id=path.name, view=0, raw=RawSample(image, {}), canvas=shape, role="evaluation"
-        )
-        levels = coded(features_of([viewed.image], shape, self.backbone), self.backbone, shape)
-        views: tuple[View, ...] = (viewed.view,)
-        return Photo(path, image, Block((str(path),), views, (0,), levels, {}))
-
-
-def open_photos(job: Job) -> PhotoReader:
-    """A reader of photos with the backbone and test view of a job. Raises SpecError or DataError."""
-    recipe = find_recipe(job)
-    return PhotoReader(recipe, load_job_backbone(job, recipe))

@@ -116,7 +116,7 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
     training = split.role == "training"
     cut = recipe.cut(split.role)
     # A training canvas is the recipe's; only evaluation needs the size of every image.
-    sizes = [UNKNOWN_SIZE] * len(samples) if training else _image_sizes(split, samples)
+    sizes = [UNKNOWN_SIZE] * len(samples) if training else image_sizes(split, samples)
     members: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
         members.setdefault(canvas(cut, size, multiple=backbone.size_multiple), []).append(i)
@@ -158,7 +158,12 @@ def _stored_groups(stored: Manifest, split: DatasetSplit) -> list[Group]:
     return groups
 
 
-def _image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[int, int]]:
+def image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """The (height, width) of samples from their headers, `UNKNOWN_SIZE` for one that is no image.
+
+    Raises DataError if a file cannot be read.
+    """
+
     def size(sample: Any) -> tuple[int, int]:
         try:
             return split.image_size(split.root, sample)

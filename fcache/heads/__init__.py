@@ -44,6 +44,7 @@ from fcache.heads.predict import Prediction as Prediction
 from fcache.heads.predict import best_classes as best_classes
 from fcache.heads.predict import overlay as overlay
 from fcache.heads.predict import predict as predict
+from fcache.heads.predict import save_probabilities as save_probabilities
 from fcache.heads.recipes import Recipe as Recipe
 from fcache.heads.recipes import configure as configure
 from fcache.heads.recipes import load_recipe as load_recipe
@@ -60,3 +61,7 @@ from fcache.heads.schedules import Schedule as Schedule
 from fcache.heads.tasks import find_head as find_head
 from fcache.heads.tasks import head_names as head_names
 from fcache.heads.trainer import train as train
+from fcache.heads.views import Seen as Seen
+from fcache.heads.views import evaluate_views as evaluate_views
+from fcache.heads.views import see as see
+from fcache.heads.views import view_batches as view_batches

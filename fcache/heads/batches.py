@@ -133,7 +133,7 @@ def _batch(block: Block[Any], device: torch.device, levels: Iterable[str] | None
         ids=block.ids,
         views=block.views,
         features={name: _decoded(block.levels[name], device, tables) for name in names},
-        targets={path: _target(path, values, device) for path, values in block.targets.items()},
+        targets=to_targets(block.targets, device),
     )
 
 
@@ -148,6 +148,11 @@ def _decoded(coded: CodedLevel[Any], device: torch.device, tables: Tables) -> Te
         tables={name: tables[id(table)][1] for name, table in coded.tables.items()},
     )
     return there.decode(torch).detach()
+
+
+def to_targets(targets: Mapping[str, Any], device: torch.device) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """The targets of a block as `Batch.targets` has them."""
+    return {path: _target(path, values, device) for path, values in targets.items()}
 
 
 def _target(path: str, values: Any, device: torch.device) -> Tensor | tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcache.cache_spec import BlockSource, IncompatibleError, SpecError, targets_key
+from fcache.cache_spec import BlockSource, IncompatibleError, SourceInfo, SpecError, ViewSource, targets_key
 from fcache.heads.batches import Batch, device_batches
 from fcache.heads.events import EvaluationStep, Report, silent
 from fcache.heads.head import Head, HeadInput, Options
@@ -72,7 +72,7 @@ def evaluate(run: Run, source: BlockSource, *, device: torch.device | str = "cpu
     return evaluate_heads([load_head(run, device=device)], source, device=device, report=report)[0]
 
 
-def check_source(run: Run, source: BlockSource) -> None:
+def check_source(run: Run, source: BlockSource | ViewSource) -> None:
     """Raises IncompatibleError if a source's features or targets are not those that a run was trained on."""
     found = targets_key(tuple(source.info.target(t.kind) for t in run.targets))
     for what, expected, got in (
@@ -90,11 +90,7 @@ def evaluate_heads(
     heads: Sequence[TrainedHead], source: BlockSource, *, device: torch.device | str = "cpu", report: Report = silent
 ) -> list[Scored]:
     """Heads scored in one pass over a source; modules must be in evaluation mode. Raises what a head raises."""
-    found = try_evaluate_heads(heads, source, device=device, report=report)
-    for result in found:
-        if isinstance(result, Exception):
-            raise result
-    return [result for result in found if isinstance(result, Scored)]
+    return without_errors(try_evaluate_heads(heads, source, device=device, report=report))
 
 
 def try_evaluate_heads(
@@ -104,14 +100,10 @@ def try_evaluate_heads(
 
     Raises SpecError if the source is no evaluation split or is empty.
     """
-    if source.info.role != "evaluation":
-        raise SpecError(f"heads are scored on an evaluation split, {source.info.split!r} is a training split")
     blocks = source.num_blocks(0)
-    if blocks == 0:
-        raise SpecError(f"split {source.info.split!r} of the source is empty; there is nothing to score")
+    check_split(source.info, blocks)
     device = torch.device(device)
-    names = [level.name for level in source.info.levels]
-    read = [n for n in names if any(n == level.name for h in heads for level in h.inputs.levels)]
+    read = _levels_read(heads, source.info)
     metrics = [h.metric for h in heads]
     states: list[list[States]] = [[] for _ in heads]
     failed: dict[int, Exception] = {}
@@ -129,10 +121,25 @@ def try_evaluate_heads(
                     failed[k] = error
             ids += batch.ids
             report(EvaluationStep(done, blocks))
-    return [failed[k] if k in failed else _scored(metrics[k], states[k], tuple(ids)) for k in range(len(heads))]
+    return [failed[k] if k in failed else scored(metrics[k], states[k], tuple(ids)) for k in range(len(heads))]
 
 
-def _scored(metric: Metric, states: Sequence[States], ids: tuple[str, ...]) -> Scored | Exception:
+def check_split(info: SourceInfo, count: int) -> None:
+    """Raises SpecError if a source is no evaluation split, or has nothing (`count` is 0)."""
+    if info.role != "evaluation":
+        raise SpecError(f"heads are scored on an evaluation split, {info.split!r} is a training split")
+    if count == 0:
+        raise SpecError(f"split {info.split!r} of the source is empty; there is nothing to score")
+
+
+def _levels_read(heads: Sequence[TrainedHead], info: SourceInfo) -> list[str]:
+    """The names of the levels that any of the heads reads, in the source's order."""
+    read = {level.name for head in heads for level in head.inputs.levels}
+    return [level.name for level in info.levels if level.name in read]
+
+
+def scored(metric: Metric, states: Sequence[States], ids: tuple[str, ...]) -> Scored | Exception:
+    """The scores of single samples' states, or what the metric raises."""
     # By id, so that two evaluations in other batches or buckets give equal arrays.
     order = np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
     try:
@@ -140,3 +147,11 @@ def _scored(metric: Metric, states: Sequence[States], ids: tuple[str, ...]) -> S
         return Scored(score(metric, stacked), stacked, tuple(ids[i] for i in order))
     except Exception as error:
         return error
+
+
+def without_errors(results: Sequence[Scored | Exception]) -> list[Scored]:
+    """The results. Raises the first error among them."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in results if isinstance(result, Scored)]

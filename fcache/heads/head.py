@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fcache.cache_spec import LevelSpec, SpecError, TargetSpec
+from fcache.cache_spec import LevelSpec, SpecError, TargetSpec, View
 from fcache.heads.batches import Batch
 from fcache.heads.metrics import Metric
 
@@ -71,8 +71,10 @@ class Head:
 
     `needs` names the kinds of target without which it cannot train. `build(inputs, options)` makes the module with
     torch's global generator. `loss(module, batch, options)` gives scalar terms by name, already weighted; their sum
-    is minimised. `predict(module, batch, options)` gives one prediction a sample, on the CPU, at the size and in the
-    units of the original image; `metrics(inputs, options)` gives the metric that scores them.
+    is minimised. `outputs(module, batch, options)` gives what the head says about each record of a batch, on its
+    device; `merge(outputs, views, options)` makes of what it says about one image, in one or several views, the
+    prediction, on the CPU, at the size and in the units of the original image; `metrics(inputs, options)` gives the
+    metric that scores predictions.
     `levels(available, options)` names the levels that it reads, `groups(module, options)` the parameter groups.
     `check(inputs, options)` raises SpecError if it cannot be trained so, or not here; it is called when the head is
     chosen, before any work.
@@ -82,9 +84,15 @@ class Head:
     needs: frozenset[str]
     build: Callable[[HeadInput, Options], nn.Module]
     loss: Callable[[nn.Module, Batch, Options], Mapping[str, Tensor]]
-    predict: Callable[[nn.Module, Batch, Options], Sequence[Any]]
+    outputs: Callable[[nn.Module, Batch, Options], Sequence[Any]]
+    merge: Callable[[Sequence[Any], Sequence[View], Options], Any]
     metrics: Callable[[HeadInput, Options], Metric]
     options: Mapping[str, Option] = field(default_factory=dict)
     levels: Callable[[Sequence[LevelSpec], Options], tuple[str, ...]] = all_levels
     groups: Callable[[nn.Module, Options], tuple[ParameterGroup, ...]] = one_group
     check: Callable[[HeadInput, Options], None] = no_check
+
+    def predict(self, module: nn.Module, batch: Batch, options: Options) -> list[Any]:
+        """One prediction a record, each of its single view."""
+        outputs = self.outputs(module, batch, options)
+        return [self.merge([x], [view], options) for x, view in zip(outputs, batch.views, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from fcache.cache_spec import Block, DataError
 from fcache.heads.batches import to_batch
 from fcache.heads.evaluate import TrainedHead
+from fcache.heads.parts.classmaps import probability_strips
+from fcache.heads.views import Seen
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,32 @@ def predict(trained: TrainedHead, block: Block[Any], *, device: torch.device | s
         batch = to_batch(block, torch.device(device), levels=[level.name for level in trained.inputs.levels])
         found = trained.predict(batch)
     return [Prediction(i, value) for i, value in zip(batch.ids, found, strict=True)]
+
+
+def save_probabilities(path: Path, seen: Seen) -> None:
+    """Writes what a semantic head says about one image as float16 [class, row, column] in numpy's .npy format.
+
+    The size is the image's own; probabilities of a pixel add up to 1. Written some rows at a time, into a file of
+    another name that takes its place when it is whole. Raises OSError if it cannot be written.
+    """
+    height, width = seen.views[0].image_size
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            start = 0
+            for first, strip in probability_strips(seen.outputs, seen.views):
+                values = strip.half().cpu().numpy()
+                if first == 0:
+                    shape = (len(values), height, width)
+                    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    start = file.tell()
+                for k, rows in enumerate(values):
+                    file.seek(start + 2 * width * (k * height + first))
+                    file.write(rows.astype("<f2").tobytes())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def best_classes(

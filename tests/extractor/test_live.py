@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fcache.cache_spec import StreamConfig, find_encoding, open_cache, open_source
-from fcache.extractor import Job, extract, open_live, open_photos
+from fcache.extractor import Job, SeenPhotos, extract, open_live, open_photos
 
 MakeJob = Callable[..., Job]
 BACKBONES = {"mobilenetv2_050": (64, 64), "swinv2-t": (64, 64), "vit_tiny_patch16_224": (64, 64)}
@@ -67,7 +67,10 @@ def test_a_photo_has_the_features_of_its_evaluation_record(make_job: MakeJob, sc
     extract(job, report=lambda e: None)
     source = open_source(open_cache(job.cache), "val", StreamConfig(batch_size=1, order="sequential"))
     block = next(iter(source.blocks(0)))
-    photo = open_photos(job)(scenes / "images" / "validation" / f"{block.ids[0]}.jpg")
-    assert photo.image.shape == (64, 80, 3)
-    for name, level in photo.block.levels.items():
+    (found,) = open_photos(job).read([scenes / "images" / "validation" / f"{block.ids[0]}.jpg"])
+    assert isinstance(found, SeenPhotos)
+    assert found.photos[0].image.shape == (64, 80, 3)
+    (live,) = found.views.blocks()
+    assert live.views == block.views
+    for name, level in live.levels.items():
         assert torch.equal(level.decode(torch), torch.from_numpy(block.levels[name].decode(np)))

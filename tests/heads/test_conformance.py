@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,3 +143,20 @@ def test_a_head_ends_with_the_same_weights_alone_and_after_another(form: str, so
     for name, expected in single.items():
         assert torch.equal(second[name], expected)
         assert torch.equal(first[name], expected)
+
+
+@pytest.mark.parametrize("form", ALL)
+def test_equal_views_of_an_image_score_as_one(form: str, source_for):
+    source = source_for(form, "evaluation")
+    choice, module = _built(form, source)
+    batch = to_batch(next(iter(source.blocks(0))), CPU)
+    metric = choice.head.metrics(choice.inputs(source.info), choice.options)
+    with torch.inference_mode():
+        outputs = choice.head.outputs(module.eval(), batch, choice.options)
+        for i, (said, view) in enumerate(zip(outputs, batch.views, strict=True)):
+            truth = {path: values[i] for path, values in batch.targets.items()}
+            one, two = (choice.head.merge([said] * n, [view] * n, choice.options) for n in (1, 2))
+            one, two = metric.observe(one, truth), metric.observe(two, truth)
+            for state in one:
+                # Counts of pixels: a mean of equal numbers may round at a border between two classes.
+                np.testing.assert_allclose(one[state].astype(float), two[state].astype(float), atol=2)

@@ -18,9 +18,16 @@ from fcache.extractor.views.recipes import default_recipe as default_recipe
 from fcache.extractor.views.recipes import find_view_recipe as find_view_recipe
 from fcache.extractor.views.recipes import view_recipe_names as view_recipe_names
 from fcache.extractor.views.recipes import with_input_size as with_input_size
+from fcache.extractor.views.tta import SCALES as SCALES
+from fcache.extractor.views.tta import TTA as TTA
+from fcache.extractor.views.tta import PlannedView as PlannedView
+from fcache.extractor.views.tta import cut_views as cut_views
+from fcache.extractor.views.tta import parse_tta as parse_tta
+from fcache.extractor.views.tta import plan_views as plan_views
 from fcache.extractor.views.viewed import Drawn as Drawn
 from fcache.extractor.views.viewed import ViewedSample as ViewedSample
 from fcache.extractor.views.viewed import apply_view as apply_view
 from fcache.extractor.views.viewed import cut_view as cut_view
 from fcache.extractor.views.viewed import draw_view as draw_view
 from fcache.extractor.views.viewed import truth_bytes_limit as truth_bytes_limit
+from fcache.extractor.views.viewed import view_targets as view_targets

@@ -139,6 +139,28 @@ def resized_placement(place: Placement, size: Size) -> Placement:
     return replace(place, size=size)
 
 
+def scaled_placement(place: Placement, factor: float) -> Placement:
+    """A test placement at `factor` times its size: sides to fit, and the crop of a CentreCrop, rounded down.
+
+    This is mmsegmentation's rule for ratios of a test size: (2048, 512) times 0.75 is (1536, 384).
+    Raises SpecError for a placement that is drawn at random.
+    """
+    if isinstance(place, (ScaleCrop, ResizedCrop)):
+        raise SpecError(f"{type(place).__name__} is drawn at random; test-time views need KeepRatio, Fit or CentreCrop")
+
+    def times(side: int) -> int:
+        return max(1, int(side * factor))
+
+    if isinstance(place, KeepRatio):
+        return replace(place, long=times(place.long), short=times(place.short))
+    size = (times(place.size[0]), times(place.size[1]))
+    return (
+        replace(place, size=size, short=times(place.short))
+        if isinstance(place, CentreCrop)
+        else replace(place, size=size)
+    )
+
+
 def check_placement(place: Placement) -> None:
     """Raises SpecError if a number of the placement makes no sense."""
     name = type(place).__name__

@@ -74,12 +74,20 @@ def apply_view(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> View
     image = apply_steps(show(raw.image, drawn.frame), drawn.steps)
     to_view = tuple(drawn.matrix.ravel().tolist())
     view = View(to_view=to_view, canvas=canvas, valid=drawn.frame.valid, image_size=size)
+    return ViewedSample(image, view, view_targets(drawn, raw=raw, canvas=canvas, role=role), drawn)
+
+
+def view_targets(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> dict[str, np.ndarray]:
+    """The targets of the view that `drawn` describes, see `ViewedSample`.
+
+    Raises SpecError for a kind of target that cannot be cut.
+    """
     targets: dict[str, np.ndarray] = {}
     for kind, value in raw.targets.items():
         if kind not in _TARGETS:
             raise unknown_name("target kind of a view", kind, _TARGETS)
         targets |= _TARGETS[kind](value, drawn, canvas, role)
-    return ViewedSample(image, view, targets, drawn)
+    return targets
 
 
 def cut_view(

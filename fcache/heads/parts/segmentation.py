@@ -1,7 +1,5 @@
 """What every semantic head needs, whatever its form: levels in order, pixel loss, labels at original size, metric."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,37 +41,20 @@ def labels_at_original_size(logits: Tensor, view: View) -> Tensor:
     """The label map uint8 [H, W] of one image from logits [K, h, w] of its canvas.
 
     Logits are resized to the canvas, cropped to the valid part, resized to the original size, and then compared.
-    """
-
-    def on_canvas(first: int, last: int) -> Tensor:
-        return resize(logits[None, first:last].float(), view.canvas)[0]
-
-    return largest_at_original_size(on_canvas, len(logits), view)
-
-
-def largest_at_original_size(on_canvas: Callable[[int, int], Tensor], num_classes: int, view: View) -> Tensor:
-    """The label map uint8 [H, W] of the largest scores at original size.
-
-    `on_canvas(first, last)` gives the scores [last - first, height, width] of some classes on the canvas. Classes are
-    taken a few at a time: those of a large image do not fit into memory at once.
+    Classes are resized a few at a time: those of a large image do not fit into memory at once.
     """
     height, width = view.image_size
     step = max(1, CHUNK // max(height * width, view.canvas[0] * view.canvas[1]))
-    best: Tensor | None = None
-    labels: Tensor | None = None
-    for first in range(0, num_classes, step):
-        scores = on_canvas(first, min(first + step, num_classes))
-        valid = scores[None, :, : view.valid[0], : view.valid[1]]
-        value, index = resize(valid, view.image_size)[0].max(dim=0)
-        index = (index + first).to(torch.uint8)
-        if best is None or labels is None:
-            best, labels = value, index
-            continue
+    best = torch.full((height, width), float("-inf"), device=logits.device)
+    labels = torch.zeros((height, width), dtype=torch.uint8, device=logits.device)
+    for first in range(0, len(logits), step):
+        on_canvas = resize(logits[None, first : first + step].float(), view.canvas)
+        chunk = resize(on_canvas[:, :, : view.valid[0], : view.valid[1]], view.image_size)[0]
+        value, index = chunk.max(dim=0)
         # Only strictly larger values win, so that of equal classes the first is taken, as argmax does.
         better = value > best
         best = torch.where(better, value, best)
-        labels = torch.where(better, index, labels)
-    assert labels is not None
+        labels = torch.where(better, (index + first).to(torch.uint8), labels)
     return labels.cpu()
 
 

@@ -1,12 +1,13 @@
 """Classification of images: a linear probe. Labels `class/label`."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcache.cache_spec import LevelSpec, SpecError
+from fcache.cache_spec import LevelSpec, SpecError, View
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
 from fcache.heads.metrics import Metric, classification_metric
@@ -73,8 +74,16 @@ def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor
     }
 
 
-def _predict(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
-    return list(module(batch.features).float().cpu().transpose(0, 1))
+def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
+    return list(module(batch.features).float().transpose(0, 1))
+
+
+def _merge(outputs: Sequence[Tensor], views: Sequence[View], options: Options) -> Tensor:
+    """Logits [K, classes] of one image; of several views the logarithm of their mean softmax."""
+    if len(outputs) == 1:
+        return outputs[0].cpu()
+    logs = torch.log_softmax(torch.stack(list(outputs)), dim=-1)
+    return (torch.logsumexp(logs, dim=0) - math.log(len(outputs))).cpu()
 
 
 def _metrics(inputs: HeadInput, options: Options) -> Metric:
@@ -86,7 +95,8 @@ HEADS = {
         needs=frozenset({"class"}),
         build=_build,
         loss=_loss,
-        predict=_predict,
+        outputs=_outputs,
+        merge=_merge,
         metrics=_metrics,
         levels=_levels,
         groups=_groups,

@@ -1,6 +1,7 @@
 """Mask2Former for semantic segmentation. Labels `semantic/map`, scores at original size."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from fcache.cache_spec import LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
-from fcache.heads.parts import ChannelNorm, SimpleAdaptors, adapted_levels, resize
+from fcache.heads.parts import ChannelNorm, SimpleAdaptors, adapted_levels
 from fcache.heads.parts.adaptors import STRIDE_FACTORS, adapts
+from fcache.heads.parts.classmaps import ClassMaps, as_they_are, merge_labels
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
 from fcache.heads.parts.pixel_decoder import PixelDecoder
-from fcache.heads.parts.segmentation import fine_to_coarse, largest_at_original_size, segmentation_metrics
+from fcache.heads.parts.segmentation import fine_to_coarse, segmentation_metrics
 
 TASK = "semantic"
 
@@ -121,23 +123,21 @@ def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor
     return mask_loss(classes, embeddings, features, labels, MaskLoss(**{name: options[name] for name in names}))
 
 
-def _predict(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
-    """Classes by the sum over queries of class probability times mask probability.
+def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[ClassMaps]:
+    """Mask logits, and class scores as the sum over queries of class probability times mask probability.
 
-    As the reference: masks are resized to the canvas before the sigmoid, and the sums to the original size.
+    As in the reference, masks are resized to the canvas before the sigmoid, and these sums to the original size; over
+    views they are averaged as they are.
     """
     classes, embeddings, features = module(batch.features)
-    found = []
-    for i, view in enumerate(batch.views):
-        named = classes[-1][i].float().softmax(-1)[:, :-1]
-        masks = torch.einsum("qc,chw->qhw", embeddings[-1][i].float(), features[i].float())
-        inside = resize(masks[None], view.canvas)[0].sigmoid()
+    named = classes[-1].float().softmax(-1)[..., :-1]
+    masks = torch.einsum("bqc,bchw->bqhw", embeddings[-1].float(), features.float())
+    return [ClassMaps(m, partial(_class_scores, n), as_they_are) for m, n in zip(masks, named, strict=True)]
 
-        def chunk(first: int, last: int, named: Tensor = named, inside: Tensor = inside) -> Tensor:
-            return torch.einsum("qk,qhw->khw", named[:, first:last], inside)
 
-        found.append(largest_at_original_size(chunk, named.shape[1], view))
-    return found
+def _class_scores(named: Tensor, masks: Tensor) -> Tensor:
+    """Class probabilities [Q, K] and mask logits [Q, rows, columns] -> [K, rows, columns]."""
+    return torch.einsum("qk,qhw->khw", named, masks.sigmoid())
 
 
 def _groups(module: nn.Module, options: Options) -> tuple[ParameterGroup, ...]:
@@ -152,7 +152,8 @@ HEADS = {
         needs=frozenset({"semantic"}),
         build=_build,
         loss=_loss,
-        predict=_predict,
+        outputs=_outputs,
+        merge=merge_labels,
         metrics=segmentation_metrics,
         levels=_levels,
         groups=_groups,

@@ -8,12 +8,8 @@ from fcache.cache_spec import IGNORE, LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options
 from fcache.heads.parts import FCN, UPERNET_OPTIONS, ChannelNorm, UPerNet, adapted_levels, find_level, resize
-from fcache.heads.parts.segmentation import (
-    fine_to_coarse,
-    labels_at_original_size,
-    pixel_loss,
-    segmentation_metrics,
-)
+from fcache.heads.parts.classmaps import ClassMaps, logit_maps, merge_labels
+from fcache.heads.parts.segmentation import fine_to_coarse, pixel_loss, segmentation_metrics
 
 
 class LinearSegmenter(nn.Module):
@@ -90,9 +86,8 @@ def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor
     }
 
 
-def _predict(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
-    logits = module(batch.features)[0]
-    return [labels_at_original_size(x, view) for x, view in zip(logits, batch.views, strict=True)]
+def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[ClassMaps]:
+    return logit_maps(module(batch.features)[0])
 
 
 HEADS = {
@@ -100,7 +95,8 @@ HEADS = {
         needs=frozenset({"semantic"}),
         build=_build_linear,
         loss=_loss,
-        predict=_predict,
+        outputs=_outputs,
+        merge=merge_labels,
         metrics=segmentation_metrics,
         options={"avg_non_ignore": True},
     ),
@@ -108,7 +104,8 @@ HEADS = {
         needs=frozenset({"semantic"}),
         build=_build_fcn,
         loss=_loss,
-        predict=_predict,
+        outputs=_outputs,
+        merge=merge_labels,
         metrics=segmentation_metrics,
         options={
             "level": "",
@@ -125,7 +122,8 @@ HEADS = {
         needs=frozenset({"semantic"}),
         build=_build_upernet,
         loss=_loss,
-        predict=_predict,
+        outputs=_outputs,
+        merge=merge_labels,
         metrics=segmentation_metrics,
         options={**UPERNET_OPTIONS, "avg_non_ignore": True},
         levels=_upernet_levels,

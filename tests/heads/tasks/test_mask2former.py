@@ -341,8 +341,8 @@ def test_classes_are_read_from_masks_resized_to_the_canvas(monkeypatch):
     inside = F.interpolate(masks, size=(64, 96), mode="bilinear").sigmoid()
     scores = torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :-1], inside)
     said = ([torch.zeros_like(classes), classes], [torch.zeros_like(embeddings), embeddings], mask_features)
-    for chunk in (1, 64 * 96 * 7, 1 << 24):
-        monkeypatch.setattr("fcache.heads.parts.segmentation.CHUNK", chunk)
+    for strip in (1, 1 << 16, 1 << 24):
+        monkeypatch.setattr("fcache.heads.parts.classmaps.STRIP", strip)
         found = HEAD.predict(lambda features: said, Batch(("a", "b"), views, {}, {}), HEAD.options)
         for labels, score, view in zip(found, scores, views, strict=True):
             valid = score[None, :, : view.valid[0], : view.valid[1]]
