@@ -53,7 +53,6 @@ PACKAGES = (
     Package("torchvision>=0.21", "views"),
     Package("zarr>=3.1,<4", "caches"),
     Package("decord>=0.6", "video", "video"),
-    Package("transformers==5.23.*", "the Mask2Former head", "mask2former"),
     Package("scipy>=1.13", "the Mask2Former head", "mask2former"),
     Package("obstore>=0.12", "caches in object stores", "s3"),
     Package("tensorboard>=2.18", "training curves", "tensorboard"),

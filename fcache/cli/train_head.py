@@ -23,13 +23,14 @@ Examples:
   fcache train-head --cache ade.fcache --head linear --head upernet --recipe ade20k-small
   fcache train-head --cache ade.fcache --head 'upernet:width=64,aux=true' --set lr=0.0002 --iters 4000
   fcache train-head --cache ade.fcache --head upernet --head 'upernet:neck=bifpn,layers=5'
+  fcache train-head --cache ade.fcache --head mask2former:pixel_blocks=1,decoder_blocks=3
   fcache train-head --cache ade.fcache --head upernet --seed 1 --subset 10% --out runs/tenth
   fcache train-head … --resume          continue after a kill, to the same weights
   fcache train-head … --follow          train while `fcache extract` still writes the cache
 
 \b
-Heads: classification/linear, semantic/fcn, semantic/linear, semantic/upernet; the short name is
-enough where the cache's targets leave one choice.
+Heads: classification/linear, semantic/fcn, semantic/linear, semantic/mask2former,
+semantic/upernet; the short name is enough where the cache's targets leave one choice.
 Recipes: ade20k-small, ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, demo-small,
 imagefolder-small, imagenet-linear.
 

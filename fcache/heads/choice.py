@@ -75,7 +75,8 @@ def parse_head(text: str) -> tuple[str, dict[str, str]]:
 def choose_head(text: str, info: SourceInfo, config: TrainConfig) -> HeadChoice:
     """The head that `text` names, for a source; options in the text come before those of the config's section.
 
-    Raises SpecError for an unknown or ambiguous name, an unknown option, a value of a wrong type, or absent targets.
+    Raises SpecError for an unknown or ambiguous name, an unknown option, a value of a wrong type, absent targets, or
+    what the head itself refuses.
     """
     short, own = parse_head(text)
     name = resolve_name(short, [t.kind for t in info.targets])
@@ -86,7 +87,9 @@ def choose_head(text: str, info: SourceInfo, config: TrainConfig) -> HeadChoice:
         if option not in defaults:
             raise unknown_name(f"option of head {name!r}:", option, defaults)
     options = {o: typed(f"option {o!r} of head {name!r}", given.get(o, d), like=d) for o, d in defaults.items()}
-    return HeadChoice(name=name, label=text.strip(), options=options, train=train)
+    choice = HeadChoice(name=name, label=text.strip(), options=options, train=train)
+    choice.head.check(choice.inputs(info), options)
+    return choice
 
 
 def choose_heads(texts: Sequence[str], info: SourceInfo, config: TrainConfig) -> tuple[HeadChoice, ...]:

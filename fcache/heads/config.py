@@ -21,12 +21,12 @@ class TrainConfig:
     """Everything about training apart from data and heads; equal configs on equal data give equal weights.
 
     `iterations` and `batch_size` are those of the shared stream. `lr`, `weight_decay`, `betas`, `eps`: AdamW;
-    parameters with one axis (norms and biases) are decayed only if `decay_norms`. `clip` is the largest gradient
-    norm of a parameter group, 0 for none. `schedule`, `warmup` (iterations), `power`, `milestones` (iterations),
-    `gamma`, `floor`: see `Schedule`. `seed` sets initial weights and dropout. `amp` trains under bf16 autocast on
-    GPUs that have it, in float32 elsewhere. `evaluate_every` and `checkpoint_every` count iterations, 0 for only at
-    the end, or when stopped. `heads` maps a head's name (full, or short) to what differs for it: fields of
-    HEAD_FIELDS and the head's own options. Raises SpecError for values out of range.
+    parameters with one axis (norms and biases), or those that a head names instead, are decayed only if `decay_norms`.
+    `clip` is the largest gradient norm of a parameter group, 0 for none. `schedule`, `warmup` (iterations), `power`,
+    `milestones` (iterations), `gamma`, `floor`: see `Schedule`. `seed` sets initial weights and dropout. `amp` trains
+    under bf16 autocast on GPUs that have it, in float32 elsewhere. `evaluate_every` and `checkpoint_every` count
+    iterations, 0 for only at the end, or when stopped. `heads` maps a head's name (full, or short) to what differs for
+    it: fields of HEAD_FIELDS and the head's own options. Raises SpecError for values out of range.
     """
 
     iterations: int = 1000

@@ -40,10 +40,15 @@ class HeadInput:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate and are clipped together; `lr` None means the configured one."""
+    """Parameters that share a learning rate and are clipped together; `lr` None means the configured one.
+
+    `undecayed` are those of them that weight decay leaves alone (unless all are to be decayed, `decay_norms`); None
+    means those with one axis, norms and biases.
+    """
 
     parameters: tuple[nn.Parameter, ...]
     lr: float | None = None
+    undecayed: tuple[nn.Parameter, ...] | None = None
 
 
 def all_levels(levels: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
@@ -54,6 +59,10 @@ def all_levels(levels: Sequence[LevelSpec], options: Options) -> tuple[str, ...]
 def one_group(module: nn.Module, options: Options) -> tuple[ParameterGroup, ...]:
     """All parameters as one group: what a head has unless it says otherwise."""
     return (ParameterGroup(tuple(module.parameters())),)
+
+
+def no_check(inputs: HeadInput, options: Options) -> None:
+    """Refuses nothing: what a head does unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Head:
     prediction, on the CPU, at the size and in the units of the original image; `metrics(inputs, options)` gives the
     metric that scores predictions.
     `levels(available, options)` names the levels that it reads, `groups(module, options)` the parameter groups.
+    `check(inputs, options)` raises SpecError if it cannot be trained so, or not here; it is called when the head is
+    chosen, before any work.
     `options` maps every option to its default: bool, int, float, str or a tuple of floats.
     """
 
@@ -79,6 +90,7 @@ class Head:
     options: Mapping[str, Option] = field(default_factory=dict)
     levels: Callable[[Sequence[LevelSpec], Options], tuple[str, ...]] = all_levels
     groups: Callable[[nn.Module, Options], tuple[ParameterGroup, ...]] = one_group
+    check: Callable[[HeadInput, Options], None] = no_check
 
     def predict(self, module: nn.Module, batch: Batch, options: Options) -> list[Any]:
         """One prediction a record, each of its single view."""

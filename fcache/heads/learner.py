@@ -181,6 +181,8 @@ class Learner:
 def _by_decay(
     group: ParameterGroup, decay: float, *, everything: bool
 ) -> Iterator[tuple[list[torch.nn.Parameter], float]]:
-    """The parameters of a group in two: those that are decayed, and norms and biases, which are not."""
-    yield [p for p in group.parameters if everything or p.ndim > 1], decay
-    yield [p for p in group.parameters if not everything and p.ndim <= 1], 0.0
+    """The parameters of a group in two: those that are decayed, and those that are not."""
+    undecayed = [p for p in group.parameters if p.ndim <= 1] if group.undecayed is None else group.undecayed
+    left = set() if everything else {id(p) for p in undecayed}
+    yield [p for p in group.parameters if id(p) not in left], decay
+    yield [p for p in group.parameters if id(p) in left], 0.0

@@ -24,11 +24,16 @@ from fcache.heads.metrics import score, stack_states
 from fcache.heads.runs import load_weights
 
 CPU = torch.device("cpu")
+MASK2FORMER = "semantic/mask2former:width=16,attention_heads=4,queries=8,points=64,pixel_blocks=1,decoder_blocks=2"
 # Narrow forms of heads whose default width is a paper's, and of every other structure that options choose.
 FORMS = {
     "semantic/fcn": (
         "semantic/fcn:width=16",
         "semantic/fcn:width=16,level=8,num_convs=1,concat_input=false,norm_inputs=true",
+    ),
+    "semantic/mask2former": (
+        f"{MASK2FORMER},norm_inputs=true",
+        f"{MASK2FORMER},adaptors=simple,dropout=0.1",
     ),
     "semantic/upernet": (
         "semantic/upernet:width=16,aux=true,norm_inputs=true",
@@ -64,6 +69,10 @@ def test_the_loss_sends_gradient_to_every_parameter_and_none_to_the_features(for
     source = source_for(form)
     choice, module = _built(form, source)
     batch = to_batch(next(iter(source.blocks(0))), CPU)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            # Weights that begin at zero, as those of deformable attention, hold gradient back from what they weigh.
+            parameter.add_(0.01 * torch.randn_like(parameter))
     terms = choice.head.loss(module.train(), batch, choice.options)
     sum(terms.values()).backward()
     assert all(t.ndim == 0 and float(t.detach()) > 0 for t in terms.values())

@@ -22,4 +22,6 @@ def test_every_option_of_a_described_head_stands_there_with_its_default(name: st
 
 
 def test_the_page_describes_the_heads_of_segmentation():
-    assert {"semantic/linear", "semantic/fcn", "semantic/upernet"} <= {name for name, _ in SECTIONS}
+    assert {"semantic/linear", "semantic/fcn", "semantic/mask2former", "semantic/upernet"} <= {
+        name for name, _ in SECTIONS
+    }

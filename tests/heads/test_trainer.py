@@ -11,6 +11,7 @@ from torch import nn
 
 from fcache.cache_spec import IncompatibleError, SpecError
 from fcache.heads import TrainConfig, choose_heads, events, find_head, load_run, to_batch, train
+from fcache.heads.head import ParameterGroup
 from fcache.heads.runs import load_weights
 from fcache.heads.tasks import semantic
 
@@ -182,6 +183,42 @@ def test_a_head_that_fails_stops_alone_and_is_recorded(scenes, tmp_path, monkeyp
     assert stopped.iterations == 3
     assert re.search(reason, stopped.reason)
     assert [e.label for e in seen if isinstance(e, events.HeadStopped)] == [THREE[2]]
+
+
+@pytest.mark.parametrize(
+    ("undecayed", "decay_norms", "shrunk"),
+    [
+        (None, False, {"classify.0.weight"}),
+        (("classify.0.weight", "norms.0.weight"), False, {"classify.0.bias", "norms.0.bias"}),
+        (("classify.0.weight",), True, {"classify.0.weight", "classify.0.bias", "norms.0.weight", "norms.0.bias"}),
+    ],
+)
+def test_a_head_may_name_what_weight_decay_leaves_alone(
+    scenes, tmp_path, monkeypatch, undecayed, decay_norms: bool, shrunk: set[str]
+):
+    head = find_head("semantic/linear")
+
+    def build(inputs, options):
+        module = head.build(inputs, options)
+        for parameter in module.parameters():
+            nn.init.ones_(parameter)
+        return module
+
+    def loss(module, batch, options):
+        # Without gradient only the decay moves a weight.
+        return {name: 0 * term for name, term in head.loss(module, batch, options).items()}
+
+    def groups(module, options):
+        named = dict(module.named_parameters())
+        left = None if undecayed is None else tuple(named[name] for name in undecayed)
+        return (ParameterGroup(tuple(named.values()), undecayed=left),)
+
+    monkeypatch.setitem(semantic.HEADS, "linear", replace(head, build=build, loss=loss, groups=groups))
+    config = TrainConfig(iterations=1, batch_size=4, lr=0.1, weight_decay=0.5, decay_norms=decay_norms)
+    run = _train(scenes(4, strides=(4,)), ["linear"], tmp_path, config)[0]
+    weights = {name: t for name, t in load_weights(run).items() if name.endswith(("weight", "bias"))}
+    assert {name for name, t in weights.items() if torch.equal(t, torch.full_like(t, 1 - 0.1 * 0.5))} == shrunk
+    assert all(torch.equal(t, torch.ones_like(t)) for name, t in weights.items() if name not in shrunk)
 
 
 def test_a_head_that_cannot_be_scored_stops_alone(scenes, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""Heads by task: one file is one task, and its `HEADS` maps names to heads. A full name is `task/head`."""
+"""Heads by task: a file's `HEADS` maps names to heads, and a full name is `task/head`.
+
+The task is the file's name, or what the file says in `TASK`, so that a large head of a task has a file of its own.
+"""
 
 import importlib
 import pkgutil
@@ -9,28 +12,25 @@ from fcache.cache_spec import SpecError, unknown_name
 from fcache.heads.head import Head
 
 
-def task_names() -> tuple[str, ...]:
-    """The names of all tasks."""
-    return tuple(m.name for m in pkgutil.iter_modules(__path__))
-
-
 @cache
-def _task(name: str) -> Mapping[str, Head]:
-    found: Mapping[str, Head] = importlib.import_module(f"{__name__}.{name}").HEADS
-    return found
+def _plugins() -> tuple[tuple[str, Mapping[str, Head]], ...]:
+    """The task and the heads of every file, by task."""
+    modules = [(m.name, importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)]
+    found = [(str(getattr(module, "TASK", name)), module.HEADS) for name, module in modules]
+    return tuple(sorted(found, key=lambda plugin: plugin[0]))
 
 
 def head_names() -> tuple[str, ...]:
     """The full names of all heads."""
-    return tuple(f"{task}/{name}" for task in task_names() for name in _task(task))
+    return tuple(f"{task}/{name}" for task, heads in _plugins() for name in heads)
 
 
 def find_head(name: str) -> Head:
     """The head of a full name. Raises SpecError with the nearest names if there is none."""
-    if name not in head_names():
-        raise unknown_name("head", name, head_names())
-    task, _, short = name.partition("/")
-    return _task(task)[short]
+    for task, heads in _plugins():
+        if name.startswith(f"{task}/") and (short := name.removeprefix(f"{task}/")) in heads:
+            return heads[short]
+    raise unknown_name("head", name, head_names())
 
 
 def resolve_name(name: str, kinds: Iterable[str]) -> str:
