@@ -1,7 +1,7 @@
 """The list of work: which shards and parts of a cache are still to do, and claiming them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fcache.cache_spec import CacheWriter, DataError, Shard, Storage
 from fcache.cache_spec.commits import commit_path, find_commit
@@ -51,15 +51,16 @@ def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Re
 
 
 def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
-    """The tasks that this process could claim, claimed one at a time as they are asked for."""
+    """The tasks that this process could claim, claimed as they are asked for, without the parts that are done by then."""
     for task in tasks:
         if not writer.claims.acquire(task.shard.group, task.shard.index):
             continue
-        # Another process may have finished it between the listing and the claim.
-        if all(_committed(writer.storage, task.shard, part) for part in task.parts):
+        # Another process may have finished it between the listing and the claim, or have died in the midst of it.
+        left = tuple(part for part in task.parts if not _committed(writer.storage, task.shard, part))
+        if not left:
             writer.claims.release(task.shard.group, task.shard.index)
             continue
-        yield task
+        yield replace(task, parts=left)
 
 
 def _committed(storage: Storage, shard: Shard, part: str) -> bool:
