@@ -51,7 +51,7 @@ def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Re
 
 
 def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
-    """The tasks that this process could claim, claimed as they are asked for, without the parts that are done by then."""
+    """The tasks that this process could claim, claimed as they are asked for, without the parts done by then."""
     for task in tasks:
         if not writer.claims.acquire(task.shard.group, task.shard.index):
             continue
