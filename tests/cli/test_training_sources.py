@@ -1,6 +1,7 @@
 """train-head on a cache that an extraction still writes, and on one that is kept in memory."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -40,21 +41,33 @@ def weights(out: Path) -> bytes:
     return (out / "linear-seed0" / "weights.safetensors").read_bytes()
 
 
-def test_training_follows_an_extraction_in_another_process(scenes: Path, tmp_path: Path, capsys) -> None:
+def test_training_in_another_process_follows_an_extraction(scenes: Path, tmp_path: Path) -> None:
     cache, out = tmp_path / "c.fcache", tmp_path / "runs"
-    line = [*EXTRACT, "--data-root", str(scenes), "--cache", str(cache), "--views", "6", "--shard-records", "1"]
-    with subprocess.Popen([sys.executable, "-m", "fcache.cli", *line], stderr=subprocess.PIPE) as extraction:
+    extract = [*EXTRACT, "--data-root", str(scenes), "--cache", str(cache), "--views", "6", "--shard-records", "1"]
+    # Of 50 shards the 100th part from the 99th on has none: a cache without a record.
+    assert main([*extract, "--part", "99/100"]) == 3
+    line = [*TRAIN, "--cache", str(cache), "--out", str(out), "--iters", "300", "--follow"]
+    line += ["--set", "checkpoint_every=10"]
+    with subprocess.Popen([sys.executable, "-m", "fcache.cli", *line], stderr=subprocess.PIPE, text=True) as training:
         try:
-            while not (cache / "zarr.json").exists():
-                assert extraction.poll() is None, extraction.stderr
+            assert training.stderr is not None
+            waiting = next(text for text in iter(training.stderr.readline, "") if "waiting" in text)
+            assert "split train: waiting for what is not committed yet" in waiting
+            assert main([*extract, "--part", "0/8"]) == 3
+            while not list(out.glob("*/checkpoint.pt")):
+                assert training.poll() is None
                 time.sleep(0.01)
-            run = trained(cache, out, "--follow", iterations=60)
-            assert extraction.wait(timeout=120) == 0
+            # It sleeps, so that the rest is there before it ends.
+            training.send_signal(signal.SIGSTOP)
+            assert main(extract) == 0
+            training.send_signal(signal.SIGCONT)
+            training.stderr.read()
+            assert training.wait(timeout=120) == 0
         finally:
-            extraction.kill()
-    assert "split train: waiting for what is not committed yet" in capsys.readouterr().err
-    epochs = run["extent"]["training"]["epochs"]
-    assert len(epochs) > 1
+            training.kill()
+    run = json.loads((out / "linear-seed0" / "run.json").read_text())
+    first, *_, last = run["extent"]["training"]["epochs"]
+    assert first["samples"] < last["samples"]
     assert run["extent"]["validation"]["samples"] == 2
     assert 0 <= run["evaluations"][-1]["metrics"]["miou"] <= 1
     assert main(["compare", "--cache", str(cache), str(out)]) == 0
