@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 # Read by the hub client, by OpenMP and by MKL when first imported, hence before torch.
@@ -43,3 +44,16 @@ def test_data() -> Path:
     if required:
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests counted: properties of their reports, which come from workers too."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
+    for name, counts in dict(pair for r in reports for pair in r.user_properties).items():
+        if not isinstance(counts, Mapping):
+            continue
+        terminalreporter.write_sep("-", name.replace("_", " "))
+        for what, count in counts.items():
+            parts = count.items() if isinstance(count, Mapping) else [("", count)]
+            for part, number in parts:
+                terminalreporter.write_line(f"{number:>8}  {what}{': ' if part else ''}{part}")

@@ -15,7 +15,6 @@ import pytest
 T = TypeVar("T")
 FULL = os.environ.get("FCACHE_TORTURE") == "full"
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-COUNTS = pytest.StashKey[dict[str, Mapping[str, object]]]()
 
 
 @pytest.fixture
@@ -29,23 +28,13 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, Mapping[str, object
     """A function that shows the counts of a test at the end of the run, and keeps those of a full one."""
 
     def keep(name: str, counts: Mapping[str, object]) -> None:
-        request.config.stash.setdefault(COUNTS, {})[name] = counts
+        request.node.user_properties.append((f"torture: {name}", counts))
         if FULL:
             RESULTS.mkdir(parents=True, exist_ok=True)
             about = {"test": name, "date": f"{date.today():%Y-%m}", "python": platform.python_version()}
             (RESULTS / f"torture_{name}.json").write_text(json.dumps({**about, **counts}, indent=1) + "\n")
 
     return keep
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints what was tried and what became of it."""
-    for name, counts in config.stash.get(COUNTS, {}).items():
-        terminalreporter.write_sep("-", f"torture: {name.replace('_', ' ')}")
-        for what, count in counts.items():
-            parts = count.items() if isinstance(count, Mapping) else [("", count)]
-            for part, number in parts:
-                terminalreporter.write_line(f"{number:>8}  {what}{': ' if part else ''}{part}")
 
 
 @pytest.fixture
