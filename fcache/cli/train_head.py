@@ -31,8 +31,9 @@ Examples:
 \b
 Heads: classification/linear, semantic/fcn, semantic/linear, semantic/mask2former,
 semantic/upernet; the short name is enough where the cache's targets leave one choice.
-Recipes: ade20k-small, ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, demo-small,
-imagefolder-small, imagenet-linear.
+Recipes: ade20k-mask2former-frozen, ade20k-mask2former-mim, ade20k-small, ade20k-swinv2-g,
+ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, demo-small, imagefolder-small,
+imagenet-linear.
 
 \b
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.
@@ -117,7 +118,7 @@ def command(
     loaded = load_recipe(recipe, settings=changes) if recipe else None
     config = loaded.train if loaded else configure(changes)
     if not (names := heads or tuple(config.heads)):
-        raise SpecError("which heads? Name them with --head (linear, fcn, upernet), or name a --recipe that lists some")
+        raise SpecError("which heads? Name them with --head (--help lists them), or name a --recipe that lists some")
     reader = open_cache(path, allow_partial=allow_partial or follow, mode=mode, check=check)
     runs = train_from(
         reader,

@@ -9,7 +9,10 @@ from fcache.heads.config import HEAD_FIELDS, TrainConfig
 
 def test_the_shipped_recipes_are_these():
     assert recipe_names() == (
+        "ade20k-mask2former-frozen",
+        "ade20k-mask2former-mim",
         "ade20k-small",
+        "ade20k-swinv2-g",
         "ade20k-upernet-frozen",
         "ade20k-upernet-mim",
         "camvid-small",
@@ -27,7 +30,7 @@ def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, image
     assert recipe.extract["views"] >= 1
     assert recipe.extract["view_recipe"]
     for head in recipe.train.heads:
-        info = (scenes() if "upernet" in head or "semantic" in head else images()).info
+        info = (images() if head.startswith("classification") else scenes()).info
         choice = choose_head(head, info, recipe.train)
         given = {k: v for k, v in recipe.train.heads[head].items() if k not in HEAD_FIELDS}
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in choice.options.items() if k in given} == given
@@ -40,11 +43,35 @@ def test_small_recipes_are_for_a_cpu(name: str):
     assert recipe.train.heads.get("upernet", {}).get("width", 64) <= 64
 
 
-def test_the_ade20k_recipe_is_table_12_of_the_paper():
+def test_the_frozen_recipes_of_ade20k_are_table_12_of_the_paper():
     train = load_recipe("ade20k-upernet-frozen").train
     assert (train.lr, train.weight_decay, train.warmup, train.schedule) == (2e-3, 0.05, 1500, "linear")
     assert (train.iterations, train.batch_size, train.betas) == (160_000, 16, (0.9, 0.999))
     assert train.heads["upernet"]["width"] == 512
+    train = load_recipe("ade20k-mask2former-frozen").train
+    assert (train.lr, train.weight_decay, train.warmup) == (3e-4, 0.02, 0)
+    assert (train.schedule, train.power) == ("poly", 0.9)
+    assert (train.iterations, train.batch_size, train.betas) == (160_000, 16, (0.9, 0.999))
+
+
+def test_the_recipe_of_swinv2_g_is_what_the_paper_states():
+    recipe = load_recipe("ade20k-swinv2-g")
+    assert (recipe.train.lr, recipe.train.batch_size, recipe.train.weight_decay) == (3e-4, 16, 0.02)
+    assert (recipe.extract["input_size"], recipe.extract["window"]) == ([640, 640], 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "batch", "iterations", "size", "window"),
+    [
+        ("ade20k-upernet-mim", 1e-4, 32, 80_000, [640, 640], 20),
+        ("ade20k-mask2former-mim", 3e-4, 16, 160_000, None, 8),
+    ],
+)
+def test_the_recipes_of_the_paper_on_masked_image_modeling(name, lr, batch, iterations, size, window):
+    recipe = load_recipe(name)
+    assert (recipe.train.lr, recipe.train.batch_size, recipe.train.iterations) == (lr, batch, iterations)
+    assert recipe.train.weight_decay == 0.05
+    assert (recipe.extract.get("input_size"), recipe.extract["window"]) == (size, window)
 
 
 def test_settings_override_a_recipe_with_the_type_of_the_field(scenes):
