@@ -4,9 +4,9 @@
 
 One cache holds a view for every epoch of the recipe `camvid-small`. Trained on all of them a head never sees a view
 twice: that is live training, since cached and live views are equal bit for bit (`tests/extractor/test_live.py`). The
-other rows use its first K views (`train-head --views K`) with the same seeds, iterations and order of photos. A row
-that is done is not run again, so the script may be stopped and continued; --table only writes the results of what is
-there.
+other rows use its first K views (`train-head --views K`) with the same seeds, iterations and order of photos; those of
+four views are rows of `camvid_heads.py`, which are run if they are not there. A row that is done is not run again, so
+the script may be stopped and continued; --table only writes the results of what is there.
 """
 
 import argparse
@@ -18,15 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from camvid_heads import BACKBONES, RESULTS, fcache
+from camvid_heads import PRETRAINED, RECIPE, RESULTS, SEEDS, VIEWS, cached_row, extract, once, spread, train
 
 from fcache.heads import load_recipe
 
-RECIPE = "camvid-small"
 HEADS = ("linear", "upernet")
-SEEDS = (0, 1, 2)
 COUNTS = (1, 2, 4, 8)
-PRETRAINED = tuple(name for name, (_, weights) in BACKBONES.items() if not weights.startswith("random:"))
 
 
 def epochs(data: Path) -> int:
@@ -36,31 +33,16 @@ def epochs(data: Path) -> int:
     return -(-config.iterations // (photos // config.batch_size))
 
 
-def cache_of(name: str, data: Path, work: Path) -> Path:
-    """The cache of a backbone with a view an epoch, extracted (again: then nothing happens)."""
-    model, weights = BACKBONES[name]
-    cache = work / f"{name}.fcache"
-    fcache(
-        "extract", "--model", model, "--weights", data / "weights" / weights, "--dataset", "ade20k",
-        "--data-root", data / "camvid", "--recipe", RECIPE, "--views", epochs(data), "--cache", cache,
-    )  # fmt: skip
-    return cache
+def row(name: str, count: int, seed: int, data: Path, work: Path) -> dict[str, Any]:
+    """The heads trained with one seed on the first `count` views: their scores."""
 
+    def trained() -> dict[str, Any]:
+        cache = extract(name, work / f"{name}.fcache", data, "--views", epochs(data))
+        heads = train(cache, work / "runs" / f"{name}-{count}-views", HEADS, seed, "--views", count)
+        return {"backbone": name, "seed": seed, "heads": heads}
 
-def row(name: str, count: int, seed: int, cache: Path, work: Path) -> dict[str, Any]:
-    """Both heads trained with one seed on the first `count` views: their scores."""
-    out = work / "runs" / name / f"{count}-views"
-    heads = [argument for head in HEADS for argument in ("--head", head)]
-    started = time.monotonic()
-    fcache(
-        "train-head", "--cache", cache, *heads, "--recipe", RECIPE, "--views", count, "--seed", seed, "--out", out,
-        "--resume",
-    )  # fmt: skip
-    found: dict[str, Any] = {"backbone": name, "views": count, "seed": seed}
-    for head in HEADS:
-        run = json.loads((out / f"{head}-seed{seed}" / "run.json").read_text())
-        found[head] = run["evaluations"][-1]["metrics"]["miou"]
-    return {**found, "minutes": (time.monotonic() - started) / 60}
+    file = work / "rows" / f"views-{count}-{name}-{seed}.json"
+    return cached_row(name, seed, data, work) if count == VIEWS else once(file, trained)
 
 
 def table(rows: list[dict[str, Any]], fresh: int) -> str:
@@ -74,10 +56,7 @@ def table(rows: list[dict[str, Any]], fresh: int) -> str:
                 continue
             cells = []
             for head in HEADS:
-                values = [r[head] for r in mine.values()]
-                cell = f"{statistics.mean(values):.3f}"
-                if len(values) > 1:
-                    cell += f" ± {statistics.stdev(values):.3f}"
+                cell = spread([r[head] for r in mine.values()])
                 if count != fresh and (pairs := [mine[s][head] - live[s][head] for s in mine if s in live]):
                     cell += f" ({statistics.mean(pairs):+.3f})"
                 cells.append(cell)
@@ -89,7 +68,7 @@ def table(rows: list[dict[str, Any]], fresh: int) -> str:
 def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("view-study"))
+    parser.add_argument("--work", type=Path, default=Path("camvid-study"))
     parser.add_argument("--only", choices=PRETRAINED, action="append")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -98,16 +77,19 @@ def main() -> None:
         return
     data, work = Path(os.environ["FCACHE_TEST_DATA"]), options.work
     fresh = epochs(data)
+    # Seed by seed, so that what is there can be compared at any time.
     for name in [] if options.table else options.only or PRETRAINED:
-        cache = cache_of(name, data, work)
-        # Seed by seed, so that what is there can be compared at any time.
         for seed in SEEDS:
             for count in (*COUNTS, fresh):
-                file = work / "rows" / f"{name}-{count}-{seed}.json"
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text(json.dumps(row(name, count, seed, cache, work)))
-    rows = [json.loads(p.read_text()) for p in sorted((work / "rows").glob("*.json"))]
+                row(name, count, seed, data, work)
+    rows = []
+    for count in (*COUNTS, fresh):
+        for file in sorted((work / "rows").glob("cached-*.json" if count == VIEWS else f"views-{count}-*.json")):
+            found = json.loads(file.read_text())
+            if found["backbone"] not in PRETRAINED:
+                continue
+            scores = {head: found["heads"][head]["miou"] for head in HEADS}
+            rows.append({"backbone": found["backbone"], "views": count, "seed": found["seed"], **scores})
     about = {"machine": platform.machine(), "processors": os.cpu_count(), "date": time.strftime("%Y-%m")}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "view_count.json").write_text(json.dumps({**about, "epochs": fresh, "rows": rows}, indent=1) + "\n")
