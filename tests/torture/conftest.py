@@ -12,6 +12,10 @@ from typing import TypeVar
 
 import pytest
 
+from fcache.extractor import Job, extract
+from fcache.extractor.scenes import write_scenes
+from tests.torture.caches import contents
+
 T = TypeVar("T")
 FULL = os.environ.get("FCACHE_TORTURE") == "full"
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -47,3 +51,21 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="fcache-torture-", dir=memory))
     yield made
     shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A small extraction that was not run: 44 records in shards of two."""
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    write_scenes(root, train=20, val=4, size=(48, 64))
+    return Job(
+        model="mobilenetv2_050", dataset="ade20k", root=root, cache=root.parent / "whole", weights="random:0", views=2,
+        view_recipe="ade20k-small", input_size=(32, 32), shard_records=2, batch_size=1, workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job) -> dict[str, bytes]:
+    """The files of its cache after an uninterrupted run."""
+    extract(job, report=lambda _: None)
+    return contents(job.cache)

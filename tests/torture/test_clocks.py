@@ -17,29 +17,12 @@ import torch
 from cachebuilder import group, manifest, write_pending, write_shard
 
 from fcache.cache_spec import CacheWriter, open_writer, verify
-from fcache.extractor import Job, engine, extract
-from fcache.extractor.scenes import write_scenes
+from fcache.extractor import engine, extract
 from tests.torture.caches import contents
 from tests.torture.children import CONTEXT, run_child
 
 HOUR = 3600.0
 KINDS = ("semantic",)
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    root = tmp_path_factory.mktemp("clocks") / "data"
-    write_scenes(root, train=16, val=4, size=(48, 64))
-    return Job(
-        model="mobilenetv2_050", dataset="ade20k", root=root, cache=root.parent / "whole", weights="random:0", views=2,
-        view_recipe="ade20k-small", input_size=(32, 32), shard_records=2, batch_size=1, workers=0,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(job):
-    extract(job, report=lambda _: None)
-    return contents(job.cache)
 
 
 def shift_clock(seconds, jumping):

@@ -9,31 +9,13 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 
-import pytest
 import torch
 
 from fcache.cache_spec import CacheWriter, ShardWriter, verify
-from fcache.extractor import Job, extract
+from fcache.extractor import extract
 from fcache.extractor.events import ShardCommitted
-from fcache.extractor.scenes import write_scenes
 from tests.torture.caches import contents
 from tests.torture.children import CONTEXT
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shared") / "data"
-    write_scenes(root, train=20, val=4, size=(48, 64))
-    return Job(
-        model="mobilenetv2_050", dataset="ade20k", root=root, cache=root.parent / "whole", weights="random:0", views=2,
-        view_recipe="ade20k-small", input_size=(32, 32), shard_records=2, batch_size=1, workers=0,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(job):
-    extract(job, report=lambda _: None)
-    return contents(job.cache)
 
 
 def observe(log, pause):
