@@ -1,6 +1,7 @@
 """Mask2Former for semantic segmentation. Labels `semantic/map`, scores at original size."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 
@@ -78,9 +79,9 @@ class Mask2Former(nn.Module):
 
 
 def _levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
-    """All levels of stride `mask_stride` or more; if there is none, the coarsest. Of those what the adaptors take."""
-    wanted = [level for level in available if level.stride >= options["mask_stride"]]
-    return adapted_levels(wanted or [max(available, key=lambda level: level.stride)], options["adaptors"])
+    """All levels of stride `mask_stride` or more, or of the coarsest there is. Of those what the adaptors take."""
+    finest = min(options["mask_stride"], max(level.stride for level in available))
+    return adapted_levels([level for level in available if level.stride >= finest], options["adaptors"])
 
 
 def _check(inputs: HeadInput, options: Options) -> None:
@@ -91,9 +92,12 @@ def _check(inputs: HeadInput, options: Options) -> None:
     width, heads = options["width"], options["attention_heads"]
     if width % 4 or width % heads:
         raise SpecError(f"mask2former needs a width that 4 and attention_heads divide, got {width} and {heads} heads")
-    for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight"):
+    for name in ("class_weight", "mask_weight", "dice_weight"):
         if options[name] < 0:
             raise SpecError(f"mask2former needs {name} of at least 0, got {options[name]}")
+    if options["no_object_weight"] <= 0:
+        # Of a batch without any label there would be nothing to average.
+        raise SpecError(f"mask2former needs a no_object_weight above 0, got {options['no_object_weight']}")
     if not 0 <= options["dropout"] < 1 or not 0 <= options["importance"] <= 1 or options["oversampling"] < 1:
         raise SpecError(
             "mask2former needs dropout in [0, 1), importance in [0, 1] and oversampling of at least 1, got "
@@ -118,9 +122,8 @@ def _build(inputs: HeadInput, options: Options) -> nn.Module:
 def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor]:
     labels = batch.targets["semantic/map"]
     assert isinstance(labels, Tensor)
-    names = ("points", "oversampling", "importance", "class_weight", "mask_weight", "dice_weight", "no_object_weight")
-    classes, embeddings, features = module(batch.features)
-    return mask_loss(classes, embeddings, features, labels, MaskLoss(**{name: options[name] for name in names}))
+    config = MaskLoss(**{field.name: options[field.name] for field in fields(MaskLoss)})
+    return mask_loss(*module(batch.features), labels, config)
 
 
 def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[ClassMaps]:

@@ -137,6 +137,32 @@ def test_points_are_where_masks_are_least_certain():
     assert 0.6 < (free > 0.15).double().mean() < 0.8
 
 
+def test_the_loss_under_autocast_is_the_same_to_the_last_bit():
+    labels = _labels()
+    logits, embeddings, features = _outputs()
+    single = [x.float() for x in logits], [x.float() for x in embeddings], features.float()
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(mask_loss(*single, labels, CONFIG))
+    assert found[0] == found[1]
+    halves = [x.bfloat16() for x in logits], [x.bfloat16() for x in embeddings], features.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(term.dtype == torch.float32 for term in mask_loss(*halves, labels, CONFIG).values())
+
+
+def test_masks_beyond_the_queries_count_in_what_masks_are_divided_by():
+    labels = _labels(batch=1)
+    logits, embeddings, features = _outputs(batch=1, queries=2, outputs=1)
+    count = len(masks_of(labels, 5).classes)
+    assert count > 2
+    torch.manual_seed(0)
+    terms = mask_loss(logits, embeddings, features, labels, replace(CONFIG, mask_weight=0.0, dice_weight=1e9))
+    # Matched by overlap alone, each of the two costs less than 1.
+    assert 0 < float(terms["dice"]) / 1e9 < 2 / count
+
+
 def test_pixels_without_a_label_are_background_of_every_class():
     logits, embeddings, features = _outputs(batch=1, classes=2, queries=1, outputs=1)
     labels = torch.zeros(1, 12, 16, dtype=torch.uint8)

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from fcache.cache_spec import LevelSpec, SpecError, TargetSpec
 from fcache.cache_spec.testing import plain_view
 from fcache.heads import Batch, TrainConfig, choose_head, find_head, to_batch, train
 from fcache.heads.head import HeadInput
-from fcache.heads.parts.mask_loss import masks_of
+from fcache.heads.parts.mask_decoder import covered
+from fcache.heads.parts.mask_loss import Masks, masks_of
 
 NAME = "semantic/mask2former"
 HEAD = find_head(NAME)
@@ -268,6 +271,16 @@ def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], adaptors: str,
         assert all(torch.isfinite(t) for t in terms.values())
 
 
+def test_a_mask_stride_that_no_level_has_takes_all_of_the_coarsest():
+    def read(strides: tuple[int, ...], mask_stride: int) -> tuple[str, ...]:
+        return HEAD.levels(_inputs((8,) * len(strides), 5, strides).levels, {**HEAD.options, "mask_stride": mask_stride})
+
+    assert read((4, 8, 16, 32), 64) == ("l3",)
+    assert read((8, 8, 8), 16) == ("l0", "l1", "l2")
+    # Taps at the end of each quarter, as of a plain ViT with any other mask_stride.
+    assert read((16,) * 8, 32) == read((16,) * 8, 4) == ("l1", "l3", "l5", "l7")
+
+
 def test_norms_of_the_inputs_add_two_parameters_a_channel():
     def count(**options) -> int:
         with torch.device("meta"):
@@ -288,6 +301,7 @@ def test_norms_of_the_inputs_add_two_parameters_a_channel():
         ("importance=1.5", "importance in"),
         ("oversampling=0.5", "oversampling of at least 1"),
         ("dice_weight=-1", "dice_weight of at least 0"),
+        ("no_object_weight=0", "no_object_weight above 0, got 0"),
         ("pixel_mlp_ratio=0", "pixel_mlp_ratio of at least one unit"),
     ],
 )
@@ -377,6 +391,52 @@ def test_the_head_imports_neither_scipy_nor_transformers_before_it_trains():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_apart_from_matching_a_step_never_waits_for_the_device(monkeypatch):
+    # Each of these stops the host until the device is done with all that it was given before.
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            before = args[0].device if args and isinstance(args[0], torch.Tensor) else None
+            moved = before is not None and isinstance(out, torch.Tensor) and out.device != before
+            if moved or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append(str(func))
+            return out
+
+    inputs = _inputs((8, 8, 8, 8), 5)
+    options = {**HEAD.options, **SMALL}
+    waits: list[str] = []
+    with FakeTensorMode():
+        # Tensors that say they are on a GPU; there is none to be had.
+        with torch.device("cuda"):
+            module = HEAD.build(inputs, options)
+            features = {f"l{i}": torch.randn(2, 8, 64 >> (i + 2), 64 >> (i + 2)) for i in range(4)}
+            labels = torch.zeros(2, 64, 64, dtype=torch.uint8)
+            truth = Masks(torch.arange(3) // 2, torch.arange(3), (2, 1))
+            pairs = [(torch.arange(3), torch.arange(3))] * 4
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.masks_of", lambda labels, num_classes: truth)
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.matching_costs", lambda *args: None)
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.assign", lambda *args: pairs)
+        with Waits():
+            terms = HEAD.loss(module, Batch(("a", "b"), (), features, {"semantic/map": labels}), options)
+            torch.zeros(2).to("cuda")
+    assert {t.device.type for t in terms.values()} == {"cuda"}
+    # The last one is the test's own.
+    assert len(waits) == 1
+
+
+def test_what_masks_cover_is_the_same_under_autocast_and_all_if_they_cover_nothing():
+    embeddings, features = torch.randn(2, 9, 64), torch.randn(2, 64, 3000)
+    embeddings[1, 4], features[1, 0] = 0.0, 1.0
+    embeddings[1, 4, 0] = -1.0
+    expected = torch.einsum("bqc,bcn->bqn", embeddings.double(), features.double()) >= 0
+    assert not expected[1, 4].any()
+    expected[1, 4] = True
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            # In float32 no more than a product or two lies on the other side of zero.
+            assert (covered(embeddings, features) != expected).sum() <= 2
 
 
 def test_autocast_leaves_places_and_the_loss_in_float32(scenes):
