@@ -17,7 +17,7 @@ from fcache.heads.parts.classmaps import ClassMaps, as_they_are, merge_labels
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
 from fcache.heads.parts.pixel_decoder import PixelDecoder
-from fcache.heads.parts.segmentation import fine_to_coarse, segmentation_metrics
+from fcache.heads.parts.segmentation import check_segmentation, fine_to_coarse, segmentation_metrics
 
 TASK = "semantic"
 
@@ -111,8 +111,7 @@ def _check(inputs: HeadInput, options: Options) -> None:
             "mask2former matches queries to classes with scipy, which is not installed: "
             "pip install 'fcache[mask2former]'"
         )
-    fine_to_coarse(inputs)
-    inputs.num_classes("semantic")
+    check_segmentation(inputs, options)
 
 
 def _build(inputs: HeadInput, options: Options) -> nn.Module:
