@@ -76,12 +76,6 @@ def test_what_a_head_refuses_is_said_when_it_is_chosen(scenes, text: str):
         choose_head(text, scenes().info, TrainConfig())
 
 
-@pytest.mark.parametrize("text", ["linear:lrs=-1", "linear:lrs=0.1,0.1"])
-def test_learning_rates_that_cannot_be_are_refused_when_a_head_is_chosen(images, text: str):
-    with pytest.raises(SpecError, match="different positive learning rates"):
-        choose_head(text, images().info, TrainConfig())
-
-
 def test_options_in_the_text_come_before_those_of_the_config(scenes):
     config = TrainConfig(heads={"upernet": {"width": 32, "dropout": 0.5, "lr": 0.5}})
     choice = choose_head("upernet:width=16", scenes().info, config)
