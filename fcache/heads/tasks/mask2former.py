@@ -122,7 +122,8 @@ def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor
     labels = batch.targets["semantic/map"]
     assert isinstance(labels, Tensor)
     config = MaskLoss(**{field.name: options[field.name] for field in fields(MaskLoss)})
-    return mask_loss(*module(batch.features), labels, config)
+    classes, embeddings, features = module(batch.features)
+    return mask_loss(classes, embeddings, features, labels, config)
 
 
 def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[ClassMaps]:

@@ -272,7 +272,8 @@ def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], adaptors: str,
 
 def test_a_mask_stride_that_no_level_has_takes_all_of_the_coarsest():
     def read(strides: tuple[int, ...], mask_stride: int) -> tuple[str, ...]:
-        return HEAD.levels(_inputs((8,) * len(strides), 5, strides).levels, {**HEAD.options, "mask_stride": mask_stride})
+        inputs = _inputs((8,) * len(strides), 5, strides)
+        return HEAD.levels(inputs.levels, {**HEAD.options, "mask_stride": mask_stride})
 
     assert read((4, 8, 16, 32), 64) == ("l3",)
     assert read((8, 8, 8), 16) == ("l0", "l1", "l2")
