@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fcache.cache_spec import LevelSpec, SpecError, unknown_name
 from fcache.heads.head import Options
-from fcache.heads.parts.adaptors import STRIDE_FACTORS, SimpleAdaptors, adapts
+from fcache.heads.parts.adaptors import adaptors_for, adapts
 from fcache.heads.parts.bifpn import BiFPN
 from fcache.heads.parts.conv import ConvNormAct, classifier, resize
 from fcache.heads.parts.fcn import FCN
@@ -45,15 +45,11 @@ class UPerNet(nn.Module):
     def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
         super().__init__()
         width = options["width"]
-        channels = [level.channels for level in levels]
-        strides = [float(level.stride) for level in levels]
         self.names = tuple(level.name for level in levels)
-        self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
-        self.adaptors = None
-        if adapts(levels, options["adaptors"]):
-            self.adaptors = SimpleAdaptors(channels)
-            channels = list(self.adaptors.channels)
-            strides = [strides[0] * factor for factor in STRIDE_FACTORS]
+        self.norms = nn.ModuleList(
+            ChannelNorm(level.channels) if options["norm_inputs"] else nn.Identity() for level in levels
+        )
+        self.adaptors, channels, strides = adaptors_for(levels, options["adaptors"])
         self.pyramid = PyramidPooling(channels[-1], width)
         self.neck = _neck(channels[:-1], options)
         self.fuse = ConvNormAct(len(channels) * width, width, kernel=3)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fcache.cache_spec import LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
-from fcache.heads.parts import ChannelNorm, SimpleAdaptors, adapted_levels
-from fcache.heads.parts.adaptors import STRIDE_FACTORS, adapts
+from fcache.heads.parts import ChannelNorm, adapted_levels
+from fcache.heads.parts.adaptors import adaptors_for
 from fcache.heads.parts.classmaps import ClassMaps, as_they_are, merge_labels
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
@@ -35,17 +35,13 @@ class Mask2Former(nn.Module):
 
     def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
         super().__init__()
-        channels = [level.channels for level in levels]
-        strides = [float(level.stride) for level in levels]
         width = options["width"]
         shared = {"heads": options["attention_heads"], "dropout": options["dropout"]}
         self.names = tuple(level.name for level in levels)
-        self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
-        self.adaptors = None
-        if adapts(levels, options["adaptors"]):
-            self.adaptors = SimpleAdaptors(channels)
-            channels = list(self.adaptors.channels)
-            strides = [strides[0] * factor for factor in STRIDE_FACTORS]
+        self.norms = nn.ModuleList(
+            ChannelNorm(level.channels) if options["norm_inputs"] else nn.Identity() for level in levels
+        )
+        self.adaptors, channels, strides = adaptors_for(levels, options["adaptors"])
         encoded = max(1, min(ENCODED, sum(stride > FINE_STRIDE for stride in strides)))
         self.pixels = PixelDecoder(
             channels,

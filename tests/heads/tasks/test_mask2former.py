@@ -405,7 +405,7 @@ def test_apart_from_matching_a_step_never_waits_for_the_device(monkeypatch):
             return out
 
     inputs = _inputs((8, 8, 8, 8), 5)
-    options = {**HEAD.options, **SMALL}
+    options = {**HEAD.options, **SMALL, "pixel_blocks": 2, "decoder_blocks": 1}
     waits: list[str] = []
     with FakeTensorMode():
         # Tensors that say they are on a GPU; there is none to be had.
@@ -414,7 +414,7 @@ def test_apart_from_matching_a_step_never_waits_for_the_device(monkeypatch):
             features = {f"l{i}": torch.randn(2, 8, 64 >> (i + 2), 64 >> (i + 2)) for i in range(4)}
             labels = torch.zeros(2, 64, 64, dtype=torch.uint8)
             truth = Masks(torch.arange(3) // 2, torch.arange(3), (2, 1))
-            pairs = [(torch.arange(3), torch.arange(3))] * 4
+            pairs = [(torch.arange(3), torch.arange(3))] * 2
         monkeypatch.setattr("fcache.heads.parts.mask_loss.masks_of", lambda labels, num_classes: truth)
         monkeypatch.setattr("fcache.heads.parts.mask_loss.matching_costs", lambda *args: None)
         monkeypatch.setattr("fcache.heads.parts.mask_loss.assign", lambda *args: pairs)
