@@ -270,6 +270,16 @@ def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], adaptors: str,
         assert all(torch.isfinite(t) for t in terms.values())
 
 
+def test_levels_are_read_from_fine_to_coarse_in_whatever_order_they_come():
+    inputs = _inputs((4, 6, 8), 5, (4, 8, 16))
+    features = {f"l{i}": torch.randn(1, 4 + 2 * i, 16 >> i, 16 >> i) for i in range(3)}
+    found = []
+    for levels in (inputs.levels, inputs.levels[::-1]):
+        torch.manual_seed(0)
+        found.append(_build(HeadInput(levels, inputs.targets), **SMALL)(features)[0][-1])
+    assert torch.equal(*found)
+
+
 def test_a_mask_stride_that_no_level_has_takes_all_of_the_coarsest():
     def read(strides: tuple[int, ...], mask_stride: int) -> tuple[str, ...]:
         inputs = _inputs((8,) * len(strides), 5, strides)
@@ -325,9 +335,12 @@ def test_norms_and_embeddings_are_not_decayed_and_biases_are():
     names = {name for name, p in module.named_parameters() if id(p) in left}
     embeddings = {"decoder.queries.weight", "decoder.query_names.weight", "decoder.level_names.weight"}
     assert embeddings < names
-    norms = names - embeddings
-    assert all("norm" in n or re.fullmatch(r"pixels\.(project|lateral|smooth)\.\d\.1\.(weight|bias)", n) for n in norms)
     decayed = {name for name, p in module.named_parameters() if id(p) not in left}
+    # The second part of a projection is its GroupNorm.
+    second = re.compile(r"pixels\.(project|lateral|smooth)\.\d\.1\.(weight|bias)")
+    assert all("norm" in n or second.fullmatch(n) for n in names - embeddings)
+    assert not any(second.fullmatch(n) for n in decayed)
+    assert sum(bool(second.fullmatch(n)) for n in names) == 10
     assert {"decoder.classify.bias", "pixels.level_positions", "pixels.mask_features.bias"} < decayed
     assert not any("norm" in n for n in decayed)
 
