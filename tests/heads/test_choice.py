@@ -67,6 +67,15 @@ def test_wrong_options_are_refused_by_name(scenes, text: str, message: str):
         choose_head(text, scenes().info, TrainConfig())
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["upernet:width=0", "upernet:neck=pan", "upernet:neck=bifpn", "upernet:layers=3", "fcn:width=0", "fcn:dropout=2"],
+)
+def test_what_a_head_refuses_is_said_when_it_is_chosen(scenes, text: str):
+    with pytest.raises(SpecError):
+        choose_head(text, scenes().info, TrainConfig())
+
+
 def test_options_in_the_text_come_before_those_of_the_config(scenes):
     config = TrainConfig(heads={"upernet": {"width": 32, "dropout": 0.5, "lr": 0.5}})
     choice = choose_head("upernet:width=16", scenes().info, config)

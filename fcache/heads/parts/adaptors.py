@@ -70,5 +70,14 @@ def adapted_levels(levels: Sequence[LevelSpec], adaptors: str) -> tuple[str, ...
     return tuple(dict.fromkeys(levels[i].name for i in quarters(len(levels))))
 
 
+def adaptors_for(levels: Sequence[LevelSpec], adaptors: str) -> tuple[SimpleAdaptors | None, list[int], list[float]]:
+    """What levels, fine to coarse, pass by this option (None: nothing), and the channels and strides of the result."""
+    channels = [level.channels for level in levels]
+    if not adapts(levels, adaptors):
+        return None, channels, [float(level.stride) for level in levels]
+    module = SimpleAdaptors(channels)
+    return module, list(module.channels), [factor * levels[0].stride for factor in STRIDE_FACTORS]
+
+
 def _double(channels: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(channels, channels, 2, stride=2)

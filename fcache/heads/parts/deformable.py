@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,27 @@ def deformable_attention(values: Sequence[Tensor], places: Tensor, weights: Tens
     return total.view(batch, heads * values[0].shape[2], count).transpose(1, 2)
 
 
-def centres(sizes: Sequence[Size], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The pixel centres of levels, one after another, row by row: [N, 2] as (x, y) in fractions of the extent."""
+@dataclass(frozen=True)
+class Places:
+    """The pixels of L levels of `sizes` (height, width), one level after another, row by row.
+
+    `centres` [N, 2] are their (x, y) in fractions of the extent, `extents` [L, 2] the levels' (width, height).
+    """
+
+    sizes: tuple[Size, ...]
+    centres: Tensor
+    extents: Tensor
+
+
+def places_of(sizes: Sequence[Size], *, device: torch.device, dtype: torch.dtype) -> Places:
+    """The places of levels of `sizes`. Filled on the device: a copy from the host would wait for all it has to do."""
     found = []
     for height, width in sizes:
         y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
         found.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
-    return torch.cat(found)
+    sides = [torch.full((), n, device=device, dtype=dtype) for size in sizes for n in reversed(size)]
+    return Places(tuple(sizes), torch.cat(found), torch.stack(sides).view(-1, 2))
 
 
 class DeformableAttention(nn.Module):
@@ -67,23 +81,19 @@ class DeformableAttention(nn.Module):
         for linear in (self.value, self.out):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, x: Tensor, positions: Tensor, where: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """[B, N, width] -> [B, N, width], N places of levels of `sizes`, centred at `where` [N, 2] (see `centres`).
-
-        `positions` [N, width] say where and of which level a place is.
-        """
+    def forward(self, x: Tensor, positions: Tensor, places: Places) -> Tensor:
+        """[B, N, width] at N places -> [B, N, width]; `positions` [N, width] say where and of which level one is."""
         heads, levels, points = self.shape
         batch, count, width = x.shape
         queries = x + positions
         offsets = self.offsets(queries).view(batch, count, heads, levels, points, 2)
-        extents = torch.tensor([(w, h) for h, w in sizes], device=x.device, dtype=offsets.dtype)
-        places = where[:, None, None, None] + offsets / extents[:, None]
+        sampled = places.centres[:, None, None, None] + offsets / places.extents[:, None]
         weights = self.weights(queries).view(batch, count, heads, levels * points).softmax(dim=-1)
         values = [
             v.transpose(1, 2).reshape(batch, heads, width // heads, *size)
-            for v, size in zip(self.value(x).split([h * w for h, w in sizes], dim=1), sizes, strict=True)
+            for v, size in zip(self.value(x).split([h * w for h, w in places.sizes], dim=1), places.sizes, strict=True)
         ]
-        return self.out(deformable_attention(values, places, weights.view(batch, count, *self.shape)))
+        return self.out(deformable_attention(values, sampled, weights.view(batch, count, *self.shape)))
 
 
 class DeformableBlock(nn.Module):
@@ -99,7 +109,7 @@ class DeformableBlock(nn.Module):
         for linear in (self.expand, self.contract):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, x: Tensor, positions: Tensor, where: Tensor, sizes: Sequence[Size]) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, places: Places) -> Tensor:
         """As `DeformableAttention`."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, positions, where, sizes)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, positions, places)))
         return self.norm(x + self.dropout(self.contract(self.dropout(F.relu(self.expand(x))))))

@@ -47,7 +47,8 @@ def mask_loss(
     An output has class logits [B, Q, K + 1] and mask embeddings [B, Q, C]; masks are their products with `features`
     [B, C, h, w]; `labels` is uint8 [B, H, W]. As in the reference, pixels of IGNORE belong to no mask: where they are
     sampled, they count as background of every class. An image of IGNORE alone has no mask, and its queries learn
-    "no object". Masks are averaged over the batch, of which there is at least one. All in float32 under autocast.
+    "no object". What masks cost is divided by the number of masks in the batch, those beyond the queries included, and
+    at least by 1. All in float32 under autocast.
     Raises DataError if a label is no class.
     """
     with torch.autocast(features.device.type, enabled=False):
@@ -71,9 +72,8 @@ def mask_loss(
 
 def masks_of(labels: Tensor, num_classes: int) -> Masks:
     """The masks of label maps uint8 [B, H, W]. Raises DataError for a label that is neither a class nor IGNORE."""
-    batch = len(labels)
-    shifted = labels.flatten(1).long() + 256 * torch.arange(batch, device=labels.device)[:, None]
-    present = shifted.flatten().bincount(minlength=256 * batch).view(batch, 256).cpu() > 0
+    shown = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+    present = shown.scatter_(1, labels.flatten(1).long(), True).cpu()
     present[:, IGNORE] = False
     if present[:, num_classes:].any():
         found = int(present.any(dim=0).nonzero().max())
@@ -90,20 +90,18 @@ def class_shares(labels: Tensor, images: Tensor, classes: Tensor, points: Tensor
     without the masks: the share of the four nearest pixels that are of the class, pixels outside being of none.
     """
     height, width = labels.shape[1:]
-    place = points * torch.tensor([width, height], device=points.device, dtype=points.dtype) - 0.5
-    corner = place.floor()
-    part = place - corner
-    corner = corner.long()
+    column, row = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    left, top = column.floor(), row.floor()
+    of_right, of_below = column - left, row - top
+    left, top = left.long(), top.long()
     flat = labels.flatten()
-    total = torch.zeros_like(part[..., 0])
-    for right in (0, 1):
-        for below in (0, 1):
-            x, y = corner[..., 0] + right, corner[..., 1] + below
+    total = torch.zeros_like(column)
+    for x, across in ((left, 1 - of_right), (left + 1, of_right)):
+        for y, down in ((top, 1 - of_below), (top + 1, of_below)):
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            row = images[:, None] * height + y.clamp(0, height - 1)
-            of_class = flat[row * width + x.clamp(0, width - 1)] == classes[:, None]
-            share = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if below else 1 - part[..., 1])
-            total = total + share * (inside & of_class)
+            line = images[:, None] * height + y.clamp(0, height - 1)
+            of_class = flat[line * width + x.clamp(0, width - 1)] == classes[:, None]
+            total = total + across * down * (inside & of_class)
     return total
 
 

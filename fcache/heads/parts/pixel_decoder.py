@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fcache.heads.parts.conv import resize
-from fcache.heads.parts.deformable import DeformableBlock, centres
+from fcache.heads.parts.deformable import DeformableBlock, places_of
 from fcache.heads.parts.positions import sine_positions
 
 
@@ -79,10 +79,10 @@ class PixelDecoder(nn.Module):
                 for size, level in zip(sizes, self.level_positions, strict=True)
             ]
         )
-        where = centres(sizes, device=device, dtype=dtype)
+        places = places_of(sizes, device=device, dtype=dtype)
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         for block in self.blocks:
-            x = block(x, positions, where, sizes)
+            x = block(x, positions, places)
         encoded = [
             part.transpose(1, 2).unflatten(2, size)
             for part, size in zip(x.split([math.prod(s) for s in sizes], dim=1), sizes, strict=True)

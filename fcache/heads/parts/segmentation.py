@@ -24,6 +24,12 @@ def fine_to_coarse(inputs: HeadInput) -> list[LevelSpec]:
     return sorted(inputs.levels, key=lambda level: level.stride)
 
 
+def check_segmentation(inputs: HeadInput, options: Options) -> None:
+    """`Head.check` of every semantic head: raises SpecError if a level is no map, or if the classes have no names."""
+    fine_to_coarse(inputs)
+    inputs.num_classes("semantic")
+
+
 def pixel_loss(logits: Tensor, labels: Tensor, *, ignore: int, over_valid: bool) -> Tensor:
     """Cross entropy of logits [B, K, h, w], resized to the labels [B, H, W], over pixels not labelled `ignore`.
 

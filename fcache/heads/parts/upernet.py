@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fcache.cache_spec import LevelSpec, SpecError, unknown_name
 from fcache.heads.head import Options
-from fcache.heads.parts.adaptors import STRIDE_FACTORS, SimpleAdaptors, adapts
+from fcache.heads.parts.adaptors import adaptors_for, adapts
 from fcache.heads.parts.bifpn import BiFPN
 from fcache.heads.parts.conv import ConvNormAct, classifier, resize
 from fcache.heads.parts.fcn import FCN
@@ -38,24 +38,18 @@ class UPerNet(nn.Module):
     channel dropout. With an auxiliary head (one 3x3 block of `AUXILIARY` channels on the level of stride 16, and a
     classifier) logits come as a pair. With one level it is pyramid pooling and fusion.
     Where the option `adaptors` says so, levels of one stride first become four, see `SimpleAdaptors`.
-    Raises SpecError for an option out of its range, or one that the neck does not have.
     """
 
     AUXILIARY = 256
 
     def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
         super().__init__()
-        _check(options)
         width = options["width"]
-        channels = [level.channels for level in levels]
-        strides = [float(level.stride) for level in levels]
         self.names = tuple(level.name for level in levels)
-        self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
-        self.adaptors = None
-        if adapts(levels, options["adaptors"]):
-            self.adaptors = SimpleAdaptors(channels)
-            channels = list(self.adaptors.channels)
-            strides = [strides[0] * factor for factor in STRIDE_FACTORS]
+        self.norms = nn.ModuleList(
+            ChannelNorm(level.channels) if options["norm_inputs"] else nn.Identity() for level in levels
+        )
+        self.adaptors, channels, strides = adaptors_for(levels, options["adaptors"])
         self.pyramid = PyramidPooling(channels[-1], width)
         self.neck = _neck(channels[:-1], options)
         self.fuse = ConvNormAct(len(channels) * width, width, kernel=3)
@@ -87,17 +81,27 @@ class UPerNet(nn.Module):
         return logits
 
 
-def _check(options: Options) -> None:
+def check_upernet(levels: Sequence[LevelSpec], options: Options) -> None:
+    """Raises SpecError for an option out of its range, or one that the neck or these levels give no meaning."""
     if options["width"] < 1 or not 0 <= options["dropout"] < 1:
         raise SpecError(
             f"upernet needs width >= 1 and dropout in [0, 1), got {options['width']} and {options['dropout']}"
         )
+    if options["aux_weight"] < 0:
+        raise SpecError(f"upernet needs aux_weight >= 0, got {options['aux_weight']}")
     if not options["aux"] and options["aux_weight"] != UPERNET_OPTIONS["aux_weight"]:
         raise SpecError(f"there is no auxiliary head: give aux=true, or leave aux_weight={options['aux_weight']} out")
     if options["neck"] not in NECKS:
         raise unknown_name("neck of upernet:", options["neck"], NECKS)
-    if options["neck"] == "bifpn" and options["layers"] < 1:
-        raise SpecError(f"neck=bifpn needs its number of layers, 1 to 9 in the papers, got layers={options['layers']}")
+    if options["neck"] == "bifpn":
+        if options["layers"] < 1:
+            raise SpecError(
+                f"neck=bifpn needs its number of layers, 1 to 9 in the papers, got layers={options['layers']}"
+            )
+        if not 0 < options["bn_momentum"] <= 1:
+            raise SpecError(f"neck=bifpn needs bn_momentum in (0, 1], got {options['bn_momentum']}")
+        if len(levels) == 1 and not adapts(levels, options["adaptors"]):
+            raise SpecError("neck=bifpn fuses levels, and there is only one here: take neck=fpn, or more levels")
     for name, unset in BIFPN_OPTIONS.items():
         if options["neck"] == "fpn" and options[name] != unset:
             raise SpecError(f"an FPN has no {name}: give neck=bifpn, or leave {name}={options[name]} out")
@@ -108,8 +112,6 @@ def _neck(channels: Sequence[int], options: Options) -> nn.Module:
     width = options["width"]
     if options["neck"] == "fpn":
         return TopDown(channels, width)
-    if not channels:
-        raise SpecError("neck=bifpn fuses levels, and there is only one here: take neck=fpn, or more levels")
     return BiFPN([*channels, width], width, **{name: options[name] for name in BIFPN_OPTIONS})
 
 

@@ -50,11 +50,16 @@ def _levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]
     return (find_level(available, options["level"]),)
 
 
-def _build(inputs: HeadInput, options: Options) -> nn.Module:
+def _check(inputs: HeadInput, options: Options) -> None:
     lrs = options["lrs"]
     if any(lr <= 0 for lr in lrs) or len(set(lrs)) < len(lrs):
         raise SpecError(f"lrs are different positive learning rates, got {lrs}")
-    return LinearProbe(inputs.levels[0], inputs.num_classes("class"), count=max(1, len(lrs)), normalise=options["bn"])
+    inputs.num_classes("class")
+
+
+def _build(inputs: HeadInput, options: Options) -> nn.Module:
+    count = max(1, len(options["lrs"]))
+    return LinearProbe(inputs.levels[0], inputs.num_classes("class"), count=count, normalise=options["bn"])
 
 
 def _groups(module: nn.Module, options: Options) -> tuple[ParameterGroup, ...]:
@@ -100,6 +105,7 @@ HEADS = {
         metrics=_metrics,
         levels=_levels,
         groups=_groups,
+        check=_check,
         options={"lrs": (), "level": "", "bn": False},
     ),
 }

@@ -1,6 +1,7 @@
 """Mask2Former for semantic segmentation. Labels `semantic/map`, scores at original size."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from fcache.cache_spec import LevelSpec, SpecError
 from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
-from fcache.heads.parts import ChannelNorm, SimpleAdaptors, adapted_levels
-from fcache.heads.parts.adaptors import STRIDE_FACTORS, adapts
+from fcache.heads.parts import ChannelNorm, adapted_levels
+from fcache.heads.parts.adaptors import adaptors_for
 from fcache.heads.parts.classmaps import ClassMaps, as_they_are, merge_labels
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
 from fcache.heads.parts.pixel_decoder import PixelDecoder
-from fcache.heads.parts.segmentation import fine_to_coarse, segmentation_metrics
+from fcache.heads.parts.segmentation import check_segmentation, fine_to_coarse, segmentation_metrics
 
 TASK = "semantic"
 
@@ -34,17 +35,13 @@ class Mask2Former(nn.Module):
 
     def __init__(self, levels: Sequence[LevelSpec], num_classes: int, options: Options) -> None:
         super().__init__()
-        channels = [level.channels for level in levels]
-        strides = [float(level.stride) for level in levels]
         width = options["width"]
         shared = {"heads": options["attention_heads"], "dropout": options["dropout"]}
         self.names = tuple(level.name for level in levels)
-        self.norms = nn.ModuleList(ChannelNorm(c) if options["norm_inputs"] else nn.Identity() for c in channels)
-        self.adaptors = None
-        if adapts(levels, options["adaptors"]):
-            self.adaptors = SimpleAdaptors(channels)
-            channels = list(self.adaptors.channels)
-            strides = [strides[0] * factor for factor in STRIDE_FACTORS]
+        self.norms = nn.ModuleList(
+            ChannelNorm(level.channels) if options["norm_inputs"] else nn.Identity() for level in levels
+        )
+        self.adaptors, channels, strides = adaptors_for(levels, options["adaptors"])
         encoded = max(1, min(ENCODED, sum(stride > FINE_STRIDE for stride in strides)))
         self.pixels = PixelDecoder(
             channels,
@@ -78,9 +75,9 @@ class Mask2Former(nn.Module):
 
 
 def _levels(available: Sequence[LevelSpec], options: Options) -> tuple[str, ...]:
-    """All levels of stride `mask_stride` or more; if there is none, the coarsest. Of those what the adaptors take."""
-    wanted = [level for level in available if level.stride >= options["mask_stride"]]
-    return adapted_levels(wanted or [max(available, key=lambda level: level.stride)], options["adaptors"])
+    """All levels of stride `mask_stride` or more, or of the coarsest there is. Of those what the adaptors take."""
+    finest = min(options["mask_stride"], max(level.stride for level in available))
+    return adapted_levels([level for level in available if level.stride >= finest], options["adaptors"])
 
 
 def _check(inputs: HeadInput, options: Options) -> None:
@@ -91,9 +88,12 @@ def _check(inputs: HeadInput, options: Options) -> None:
     width, heads = options["width"], options["attention_heads"]
     if width % 4 or width % heads:
         raise SpecError(f"mask2former needs a width that 4 and attention_heads divide, got {width} and {heads} heads")
-    for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight"):
+    for name in ("class_weight", "mask_weight", "dice_weight"):
         if options[name] < 0:
             raise SpecError(f"mask2former needs {name} of at least 0, got {options[name]}")
+    if options["no_object_weight"] <= 0:
+        # Of a batch without any label there would be nothing to average.
+        raise SpecError(f"mask2former needs a no_object_weight above 0, got {options['no_object_weight']}")
     if not 0 <= options["dropout"] < 1 or not 0 <= options["importance"] <= 1 or options["oversampling"] < 1:
         raise SpecError(
             "mask2former needs dropout in [0, 1), importance in [0, 1] and oversampling of at least 1, got "
@@ -107,8 +107,7 @@ def _check(inputs: HeadInput, options: Options) -> None:
             "mask2former matches queries to classes with scipy, which is not installed: "
             "pip install 'fcache[mask2former]'"
         )
-    fine_to_coarse(inputs)
-    inputs.num_classes("semantic")
+    check_segmentation(inputs, options)
 
 
 def _build(inputs: HeadInput, options: Options) -> nn.Module:
@@ -118,9 +117,9 @@ def _build(inputs: HeadInput, options: Options) -> nn.Module:
 def _loss(module: nn.Module, batch: Batch, options: Options) -> dict[str, Tensor]:
     labels = batch.targets["semantic/map"]
     assert isinstance(labels, Tensor)
-    names = ("points", "oversampling", "importance", "class_weight", "mask_weight", "dice_weight", "no_object_weight")
+    config = MaskLoss(**{field.name: options[field.name] for field in fields(MaskLoss)})
     classes, embeddings, features = module(batch.features)
-    return mask_loss(classes, embeddings, features, labels, MaskLoss(**{name: options[name] for name in names}))
+    return mask_loss(classes, embeddings, features, labels, config)
 
 
 def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[ClassMaps]:

@@ -9,7 +9,8 @@ from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options
 from fcache.heads.parts import FCN, UPERNET_OPTIONS, ChannelNorm, UPerNet, adapted_levels, find_level, resize
 from fcache.heads.parts.classmaps import ClassMaps, logit_maps, merge_labels
-from fcache.heads.parts.segmentation import fine_to_coarse, pixel_loss, segmentation_metrics
+from fcache.heads.parts.segmentation import check_segmentation, fine_to_coarse, pixel_loss, segmentation_metrics
+from fcache.heads.parts.upernet import check_upernet
 
 
 class LinearSegmenter(nn.Module):
@@ -61,12 +62,21 @@ def _build_linear(inputs: HeadInput, options: Options) -> nn.Module:
     return LinearSegmenter(fine_to_coarse(inputs), inputs.num_classes("semantic"))
 
 
-def _build_fcn(inputs: HeadInput, options: Options) -> nn.Module:
+def _check_fcn(inputs: HeadInput, options: Options) -> None:
+    check_segmentation(inputs, options)
     if options["width"] < 1 or options["num_convs"] < 1 or not 0 <= options["dropout"] < 1:
         raise SpecError(
             f"fcn needs width >= 1, num_convs >= 1 and dropout in [0, 1), got {options['width']}, "
             f"{options['num_convs']} and {options['dropout']}"
         )
+
+
+def _check_upernet(inputs: HeadInput, options: Options) -> None:
+    check_segmentation(inputs, options)
+    check_upernet(inputs.levels, options)
+
+
+def _build_fcn(inputs: HeadInput, options: Options) -> nn.Module:
     (level,) = fine_to_coarse(inputs)
     return FCNSegmenter(level, inputs.num_classes("semantic"), options)
 
@@ -98,6 +108,7 @@ HEADS = {
         outputs=_outputs,
         merge=merge_labels,
         metrics=segmentation_metrics,
+        check=check_segmentation,
         options={"avg_non_ignore": True},
     ),
     "fcn": Head(
@@ -117,6 +128,7 @@ HEADS = {
             "avg_non_ignore": True,
         },
         levels=_fcn_levels,
+        check=_check_fcn,
     ),
     "upernet": Head(
         needs=frozenset({"semantic"}),
@@ -127,5 +139,6 @@ HEADS = {
         metrics=segmentation_metrics,
         options={**UPERNET_OPTIONS, "avg_non_ignore": True},
         levels=_upernet_levels,
+        check=_check_upernet,
     ),
 }

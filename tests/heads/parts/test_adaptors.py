@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from fcache.cache_spec import LevelSpec
-from fcache.heads.parts.adaptors import SimpleAdaptors, adapted_levels, adapts, quarters
+from fcache.heads.parts.adaptors import SimpleAdaptors, adapted_levels, adaptors_for, adapts, quarters
 
 
 def _levels(*strides: int) -> list[LevelSpec]:
@@ -84,6 +84,13 @@ def test_auto_adapts_what_shares_the_stride_of_a_plain_vit():
     assert not any(adapts(_levels(*strides), "auto") for strides in ((32,), (8, 8), (4, 8, 16, 32), (16, 32)))
     assert adapts(_levels(8, 8), "simple")
     assert not adapts(_levels(16), "none")
+
+
+def test_what_passes_adaptors_has_other_strides_and_what_does_not_keeps_its_own():
+    module, channels, strides = adaptors_for(_levels(14, 14), "auto")
+    assert isinstance(module, SimpleAdaptors)
+    assert (channels, strides) == ([4] * 4, [3.5, 7.0, 14.0, 28.0])
+    assert adaptors_for(_levels(14, 14), "none") == (None, [4, 4], [14.0, 14.0])
 
 
 def test_only_the_taps_in_use_are_read():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fcache.heads.parts.deformable import DeformableAttention, centres, deformable_attention
+from fcache.heads.parts.deformable import DeformableAttention, deformable_attention, places_of
 from fcache.heads.parts.positions import sine_positions
 
 F64 = torch.float64
@@ -65,14 +65,29 @@ def test_a_layer_that_looks_straight_ahead_gives_back_its_values():
         layer.value.weight.copy_(torch.eye(8))
         layer.out.weight.copy_(torch.eye(8))
     x = torch.randn(2, 15, 8, dtype=F64)
-    where = centres([(3, 5)], device=x.device, dtype=F64)
-    found = layer(x, torch.randn(15, 8, dtype=F64), where, [(3, 5)])
+    found = layer(x, torch.randn(15, 8, dtype=F64), places_of([(3, 5)], device=x.device, dtype=F64))
     torch.testing.assert_close(found, x, rtol=0, atol=1e-14)
 
 
-def test_centres_are_those_of_pixels_row_by_row():
-    where = centres([(1, 2), (2, 1)], device=torch.device("cpu"), dtype=F64)
-    assert where.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+def test_offsets_are_in_pixels_of_the_level_that_is_sampled():
+    # One sample, two pixels to the left and one down, of two levels that count alike.
+    layer = DeformableAttention(8, heads=1, levels=2, points=1).double()
+    with torch.no_grad():
+        layer.offsets.bias.copy_(torch.tensor([-2.0, 1.0] * 2))
+        layer.value.weight.copy_(torch.eye(8))
+        layer.out.weight.copy_(torch.eye(8))
+    x = torch.randn(1, 30 + 2, 8, dtype=F64)
+    found = layer(x, torch.zeros(32, 8, dtype=F64), places_of([(3, 10), (2, 1)], device=x.device, dtype=F64))
+    fine = x[0, :30].view(3, 10, 8)
+    # Of the coarse level it lies outside.
+    torch.testing.assert_close(found[0, :30].view(3, 10, 8)[:2, 2:], fine[1:, :-2] / 2, rtol=0, atol=1e-14)
+
+
+def test_places_are_pixels_row_by_row():
+    places = places_of([(1, 2), (2, 1), (3, 4)], device=torch.device("cpu"), dtype=F64)
+    assert places.centres[:4].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+    assert len(places.centres) == 16
+    assert places.extents.tolist() == [[2, 1], [1, 2], [4, 3]]
 
 
 def test_sine_positions_have_the_row_in_the_first_half_and_the_column_in_the_second():

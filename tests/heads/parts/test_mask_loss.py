@@ -22,10 +22,10 @@ CONFIG = MaskLoss(
     points=64,
     oversampling=3.0,
     importance=0.75,
-    class_weight=2.0,
-    mask_weight=5.0,
-    dice_weight=5.0,
-    no_object_weight=0.1,
+    class_weight=1.5,
+    mask_weight=4.0,
+    dice_weight=3.0,
+    no_object_weight=0.3,
 )
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_costs_are_those_of_each_query_against_each_mask():
             p = found.sigmoid()
             dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
             named = logits[output][image].softmax(-1)[:, truth.classes[n]]
-            expected = 5 * cross + 5 * dice - 2 * named
+            expected = 4 * cross + 3 * dice - 1.5 * named
             np.testing.assert_allclose(costs[output, image, :, slot], expected, rtol=0, atol=1e-12)
 
 
@@ -127,14 +127,40 @@ def test_points_are_where_masks_are_least_certain():
     # Logits rise from left to right and are zero in the middle column.
     logits = (torch.arange(41.0) - 20).expand(2, 1, 400, 41)
     torch.manual_seed(0)
-    points = uncertain_points(logits, replace(CONFIG, points=400))
+    points = uncertain_points(logits, replace(CONFIG, points=400, oversampling=4.0, importance=0.5))
     assert points.shape == (2, 400, 2)
     assert points.min() >= 0
     assert points.max() <= 1
-    kept, free = ((part[..., 0] - 0.5).abs() for part in (points[:, :300], points[:, 300:]))
-    # 300 of 1200 uniform points are the middle quarter of the width; at the borders maps fade to zero.
-    assert (kept < 0.15).double().mean() > 0.98
-    assert 0.6 < (free > 0.15).double().mean() < 0.8
+    kept, free = ((part[..., 0] - 0.5).abs() for part in (points[:, :200], points[:, 200:]))
+    # 200 of 1600 uniform points are the middle eighth of the width; at the borders maps fade to zero.
+    assert (kept < 0.075).double().mean() > 0.98
+    assert 0.75 < (free > 0.075).double().mean() < 0.95
+
+
+def test_the_loss_under_autocast_is_the_same_to_the_last_bit():
+    labels = _labels()
+    logits, embeddings, features = _outputs()
+    single = [x.float() for x in logits], [x.float() for x in embeddings], features.float()
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(mask_loss(*single, labels, CONFIG))
+    assert found[0] == found[1]
+    halves = [x.bfloat16() for x in logits], [x.bfloat16() for x in embeddings], features.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(term.dtype == torch.float32 for term in mask_loss(*halves, labels, CONFIG).values())
+
+
+def test_masks_beyond_the_queries_count_in_what_masks_are_divided_by():
+    labels = _labels(batch=1)
+    logits, embeddings, features = _outputs(batch=1, queries=2, outputs=1)
+    count = len(masks_of(labels, 5).classes)
+    assert count > 2
+    torch.manual_seed(0)
+    terms = mask_loss(logits, embeddings, features, labels, replace(CONFIG, mask_weight=0.0, dice_weight=1e9))
+    # Matched by overlap alone, each of the two costs less than 1.
+    assert 0 < float(terms["dice"]) / 1e9 < 2 / count
 
 
 def test_pixels_without_a_label_are_background_of_every_class():
@@ -150,12 +176,24 @@ def test_pixels_without_a_label_are_background_of_every_class():
     points = uncertain_points(mask, CONFIG)
     found, wanted = sample(mask, points)[0, 0], sample((labels == 0).double()[:, None], points)[0, 0]
     assert 0.2 < float(wanted.mean()) < 0.8
-    torch.testing.assert_close(terms["mask"], 5 * F.binary_cross_entropy_with_logits(found, wanted))
+    torch.testing.assert_close(terms["mask"], 4 * F.binary_cross_entropy_with_logits(found, wanted))
     p = found.sigmoid()
     dice = 1 - (2 * (p * wanted).sum() + 1) / (p.sum() + wanted.sum() + 1)
-    torch.testing.assert_close(terms["dice"], 5 * dice)
+    torch.testing.assert_close(terms["dice"], 3 * dice)
     # One query, of class 0: the weight of "no object" does not show.
-    torch.testing.assert_close(terms["class"], 2 * F.cross_entropy(logits[0][0], torch.tensor([0])))
+    torch.testing.assert_close(terms["class"], 1.5 * F.cross_entropy(logits[0][0], torch.tensor([0])))
+
+
+def test_queries_without_a_class_count_by_their_weight():
+    logits, embeddings, features = _outputs(batch=1, classes=2, queries=3, outputs=1)
+    labels = torch.ones(1, 12, 16, dtype=torch.uint8)
+    config = replace(CONFIG, mask_weight=0.0, dice_weight=0.0)
+    terms = mask_loss(logits, embeddings, features, labels, config)
+    logs = logits[0][0].log_softmax(-1)
+    # By classes alone the query that is surest of class 1 has it.
+    matched = int(logs[:, 1].argmax())
+    others = -sum(float(logs[q, 2]) for q in range(3) if q != matched)
+    assert float(terms["class"]) == pytest.approx(1.5 * (0.3 * others - float(logs[matched, 1])) / 1.6, rel=1e-12)
 
 
 @pytest.mark.parametrize("whole_batch", [False, True])

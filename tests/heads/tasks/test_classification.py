@@ -80,12 +80,9 @@ def test_features_of_pooled_vectors_train(tmp_path):
 
 
 @pytest.mark.parametrize("lrs", ["0.1,0.1", "0.1,-1"])
-def test_learning_rates_are_positive_and_different(images, tmp_path, lrs: str):
-    source = images(8)
-    config = TrainConfig(iterations=1, batch_size=8)
+def test_learning_rates_are_positive_and_different(images, lrs: str):
     with pytest.raises(SpecError, match="different positive"):
-        train(source, [choose_head(f"linear:lrs={lrs}", source.info, config)], config, out=tmp_path)
-    assert not list(tmp_path.iterdir())
+        choose_head(f"linear:lrs={lrs}", images(8).info, TrainConfig())
 
 
 def test_golden_losses_of_the_probe(images, tmp_path):

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from fcache.cache_spec import LevelSpec, SpecError, TargetSpec
 from fcache.cache_spec.testing import plain_view
 from fcache.heads import Batch, TrainConfig, choose_head, find_head, to_batch, train
 from fcache.heads.head import HeadInput
-from fcache.heads.parts.mask_loss import masks_of
+from fcache.heads.parts.mask_loss import Masks, masks_of
 
 NAME = "semantic/mask2former"
 HEAD = find_head(NAME)
@@ -268,6 +270,27 @@ def test_any_levels_of_any_size_will_do(strides: tuple[int, ...], adaptors: str,
         assert all(torch.isfinite(t) for t in terms.values())
 
 
+def test_levels_are_read_from_fine_to_coarse_in_whatever_order_they_come():
+    inputs = _inputs((4, 6, 8), 5, (4, 8, 16))
+    features = {f"l{i}": torch.randn(1, 4 + 2 * i, 16 >> i, 16 >> i) for i in range(3)}
+    found = []
+    for levels in (inputs.levels, inputs.levels[::-1]):
+        torch.manual_seed(0)
+        found.append(_build(HeadInput(levels, inputs.targets), **SMALL)(features)[0][-1])
+    assert torch.equal(*found)
+
+
+def test_a_mask_stride_that_no_level_has_takes_all_of_the_coarsest():
+    def read(strides: tuple[int, ...], mask_stride: int) -> tuple[str, ...]:
+        inputs = _inputs((8,) * len(strides), 5, strides)
+        return HEAD.levels(inputs.levels, {**HEAD.options, "mask_stride": mask_stride})
+
+    assert read((4, 8, 16, 32), 64) == ("l3",)
+    assert read((8, 8, 8), 16) == ("l0", "l1", "l2")
+    # Taps at the end of each quarter, as of a plain ViT with any other mask_stride.
+    assert read((16,) * 8, 32) == read((16,) * 8, 4) == ("l1", "l3", "l5", "l7")
+
+
 def test_norms_of_the_inputs_add_two_parameters_a_channel():
     def count(**options) -> int:
         with torch.device("meta"):
@@ -288,6 +311,7 @@ def test_norms_of_the_inputs_add_two_parameters_a_channel():
         ("importance=1.5", "importance in"),
         ("oversampling=0.5", "oversampling of at least 1"),
         ("dice_weight=-1", "dice_weight of at least 0"),
+        ("no_object_weight=0", "no_object_weight above 0, got 0"),
         ("pixel_mlp_ratio=0", "pixel_mlp_ratio of at least one unit"),
     ],
 )
@@ -311,9 +335,12 @@ def test_norms_and_embeddings_are_not_decayed_and_biases_are():
     names = {name for name, p in module.named_parameters() if id(p) in left}
     embeddings = {"decoder.queries.weight", "decoder.query_names.weight", "decoder.level_names.weight"}
     assert embeddings < names
-    norms = names - embeddings
-    assert all("norm" in n or re.fullmatch(r"pixels\.(project|lateral|smooth)\.\d\.1\.(weight|bias)", n) for n in norms)
     decayed = {name for name, p in module.named_parameters() if id(p) not in left}
+    # The second part of a projection is its GroupNorm.
+    second = re.compile(r"pixels\.(project|lateral|smooth)\.\d\.1\.(weight|bias)")
+    assert all("norm" in n or second.fullmatch(n) for n in names - embeddings)
+    assert not any(second.fullmatch(n) for n in decayed)
+    assert sum(bool(second.fullmatch(n)) for n in names) == 10
     assert {"decoder.classify.bias", "pixels.level_positions", "pixels.mask_features.bias"} < decayed
     assert not any("norm" in n for n in decayed)
 
@@ -379,6 +406,39 @@ def test_the_head_imports_neither_scipy_nor_transformers_before_it_trains():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+def test_apart_from_matching_a_step_never_waits_for_the_device(monkeypatch):
+    # Each of these stops the host until the device is done with all that it was given before.
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            before = args[0].device if args and isinstance(args[0], torch.Tensor) else None
+            moved = before is not None and isinstance(out, torch.Tensor) and out.device != before
+            if moved or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append(str(func))
+            return out
+
+    inputs = _inputs((8, 8, 8, 8), 5)
+    options = {**HEAD.options, **SMALL, "pixel_blocks": 2, "decoder_blocks": 1}
+    waits: list[str] = []
+    with FakeTensorMode():
+        # Tensors that say they are on a GPU; there is none to be had.
+        with torch.device("cuda"):
+            module = HEAD.build(inputs, options)
+            features = {f"l{i}": torch.randn(2, 8, 64 >> (i + 2), 64 >> (i + 2)) for i in range(4)}
+            labels = torch.zeros(2, 64, 64, dtype=torch.uint8)
+            truth = Masks(torch.arange(3) // 2, torch.arange(3), (2, 1))
+            pairs = [(torch.arange(3), torch.arange(3))] * 2
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.masks_of", lambda labels, num_classes: truth)
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.matching_costs", lambda *args: None)
+        monkeypatch.setattr("fcache.heads.parts.mask_loss.assign", lambda *args: pairs)
+        with Waits():
+            terms = HEAD.loss(module, Batch(("a", "b"), (), features, {"semantic/map": labels}), options)
+            torch.zeros(2).to("cuda")
+    assert {t.device.type for t in terms.values()} == {"cuda"}
+    # The last one is the test's own.
+    assert len(waits) == 1
+
+
 def test_autocast_leaves_places_and_the_loss_in_float32(scenes):
     source = scenes(4, size=64, strides=(4, 8, 16, 32))
     choice = choose_head("mask2former:width=32,points=256,queries=8", source.info, TrainConfig())
@@ -398,4 +458,16 @@ def test_autocast_leaves_places_and_the_loss_in_float32(scenes):
     assert all(term.dtype == torch.float32 for term in second.values())
     torch.testing.assert_close(sum(second.values()), sum(first.values()), rtol=0.02, atol=0)
     sum(second.values()).backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_adaptors_in_half_precision_feed_a_pixel_decoder_in_float32(scenes):
+    source = scenes(4, blocks=2)
+    choice = choose_head("mask2former:width=32,points=256,queries=8", source.info, TrainConfig())
+    module = choice.head.build(choice.inputs(source.info), choice.options)
+    batch = to_batch(next(iter(source.blocks(0))), torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module.adaptors(list(batch.features.values()))[0].dtype == torch.bfloat16
+        assert module(batch.features)[2].dtype == torch.float32
+        sum(choice.head.loss(module, batch, choice.options).values()).backward()
     assert all(p.grad.isfinite().all() for p in module.parameters())

@@ -29,7 +29,9 @@ def _built(name: str, inputs: HeadInput, options: dict) -> torch.nn.Module:
     head = find_head(name)
     options = {**head.options, **options}
     names = head.levels(inputs.levels, options)
-    return head.build(HeadInput(tuple(x for x in inputs.levels if x.name in names), inputs.targets), options)
+    inputs = HeadInput(tuple(x for x in inputs.levels if x.name in names), inputs.targets)
+    head.check(inputs, options)
+    return head.build(inputs, options)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -170,7 +172,7 @@ def test_plain_vit_taps_and_any_number_of_levels_will_do(name: str, options: dic
     head = find_head(name)
     if len(strides) == 1 and "neck" in options:
         with pytest.raises(SpecError, match="only one here: take neck=fpn, or more levels"):
-            head.build(inputs, {**head.options, **options})
+            head.check(inputs, {**head.options, **options})
         return
     module = head.build(inputs, {**head.options, **options})
     features = {f"l{i}": torch.randn(2, 6, 64 // s, 96 // s) for i, s in enumerate(strides)}
@@ -212,6 +214,7 @@ def test_fcn_reads_the_coarsest_level_or_the_one_it_is_told(scenes):
         ("upernet", {"edge_convs": True}, "an FPN has no edge_convs"),
         ("upernet", {"neck": "bifpn"}, "neck=bifpn needs its number of layers"),
         ("upernet", {"neck": "bifpn", "layers": 1, "bn_momentum": 2.0}, "bn_momentum in (0, 1]"),
+        ("upernet", {"aux": True, "aux_weight": -1.0}, "aux_weight >= 0, got -1.0"),
         ("upernet", {"neck": "pan"}, "unknown neck of upernet: 'pan'"),
         ("upernet", {"aux_weight": 1.0}, "there is no auxiliary head: give aux=true"),
         ("upernet", {"width": 0}, "width >= 1"),
