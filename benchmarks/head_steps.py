@@ -20,7 +20,7 @@ GPU. A step of a CPU takes up to half a minute: there a batch has 2 photos, fp16
 step is the shortest, and all heads together have one round.
 
 With --work what is done is kept there, and not done again: the script may be stopped and continued, or run row by row
-with --only, which keeps the rows whose name holds that text.
+with --only, which takes a backbone, a row (swinv2-t/linear, swinv2-t/backbone) or a pattern ('*/upernet*').
 """
 
 import argparse
@@ -30,6 +30,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def measure(work: Path, settings: Settings, backbones: tuple[str, ...], only: li
         wanted[ALL] = partial(bench.head_row, settings.heads)
         for name, make in wanted.items():
             full = f"{backbone}/{name}"
-            chosen = not only or any(text in full for text in only)
+            chosen = not only or any(fnmatchcase(full, p) or fnmatchcase(backbone, p) for p in only)
             if (row := kept(work, full, settings, make if chosen else None)) is not None:
                 rows.setdefault(backbone, {})[name] = row
     return {"what": about(settings), "settings": asdict(settings), "rows": rows}
@@ -312,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="keep caches and rows here (default: a temporary folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="rows, as in 'swinv2-b/linear'")
+    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="swinv2-b, or swinv2-b/linear")
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 2 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 5 on a GPU, 3 on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -327,7 +328,7 @@ def main() -> None:
     with nullcontext(args.work) if args.work else work_folder(None) as work:
         result = measure(work, settings, BACKBONES, args.only)
     if not result["rows"]:
-        parser.error(f"no row holds {' or '.join(args.only)}")
+        parser.error(f"there is no row {' or '.join(args.only)}")
     publish("head_steps", result, tables(result), args.out, m=m)
 
 

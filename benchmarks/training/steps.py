@@ -86,10 +86,10 @@ def giga_macs(work: Any, *arguments: Any) -> float:
 def head_macs(module: nn.Module, batch: Batch) -> float:
     """10⁹ multiply-adds of a head's forward pass on one sample of a batch."""
     features: Mapping[str, torch.Tensor] = {name: x[:1] for name, x in batch.features.items()}
-    # One sample has no batch statistics where its map is one pixel; what is counted is the same.
+    # One sample has no batch statistics where its map is one pixel; what is counted is the same. With gradients, for
+    # torch's counter asks for the graph of views of parameters, which have none without.
     module.eval()
     try:
-        with torch.no_grad():
-            return giga_macs(module, features)
+        return giga_macs(module, features)
     finally:
         module.train()

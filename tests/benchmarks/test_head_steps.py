@@ -30,13 +30,27 @@ def settings(script):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    return tmp_path_factory.mktemp("stores")
+
+
 @pytest.fixture
-def data(settings, tmp_path):
-    return settings.data(BACKBONE, tmp_path)
+def data(settings, stores):
+    return settings.data(BACKBONE, stores)
 
 
-def test_every_row_is_measured_once_and_says_what_it_is_made_of(script, settings, tmp_path):
-    result = script.measure(tmp_path, settings, (BACKBONE,), [])
+@pytest.fixture
+def work(data, tmp_path):
+    """A folder with the scenes and caches of all tests, and no rows."""
+    data.work.mkdir(exist_ok=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / data.work.name).symlink_to(data.work)
+    return tmp_path / "work"
+
+
+def test_every_row_is_measured_once_and_says_what_it_is_made_of(script, settings, work):
+    result = script.measure(work, settings, (BACKBONE,), [])
     rows = result["rows"][BACKBONE]
     assert list(rows) == [script.BACKBONE, *HEADS, script.ALL]
     assert all(rows[script.BACKBONE][f"{name}_ms"] > 0 for name in ("bf16", "fp32", "decoding"))
@@ -52,21 +66,28 @@ def test_every_row_is_measured_once_and_says_what_it_is_made_of(script, settings
     for name in ("parameters", "h"):
         assert rows[script.ALL][name] == pytest.approx(sum(rows[head][name] for head in HEADS))
 
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
+    files = {p: p.stat().st_mtime_ns for p in (work / "rows").iterdir()}
     assert len(files) == 4
-    again = script.measure(tmp_path, settings, (BACKBONE,), [])
+    again = script.measure(work, settings, (BACKBONE,), [])
     assert again == result
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()} == files
+    assert {p: p.stat().st_mtime_ns for p in (work / "rows").iterdir()} == files
     # Rows of other settings are no rows of these.
-    assert script.measure(tmp_path, replace(settings, seconds=0.1), (BACKBONE,), ["nothing"])["rows"] == {}
+    assert script.measure(work, replace(settings, seconds=0.1), (BACKBONE,), ["nothing"])["rows"] == {}
     text = script.tables(result)
     assert text.count("\n| ") == 2 + 1 + len(HEADS) + 1
     assert f"| {script.ALL} |" in text
 
 
-def test_one_row_can_be_run_alone(script, settings, tmp_path):
-    rows = script.measure(tmp_path, settings, (BACKBONE, "not a model"), [f"{BACKBONE}/linear"])["rows"]
-    assert {name: list(found) for name, found in rows.items()} == {BACKBONE: ["linear"]}
+def test_one_row_can_be_run_alone(script, settings, work):
+    def names(*only):
+        rows = script.measure(work, settings, (BACKBONE, "not a model"), list(only))["rows"]
+        return {name: list(found) for name, found in rows.items()}
+
+    assert names(f"{BACKBONE}/lin*") == {BACKBONE: ["linear"]}
+    # Rows that were measured stay in the table.
+    assert names("nothing") == {BACKBONE: ["linear"]}
+    assert names(f"{BACKBONE}/{HEADS[1]}") == {BACKBONE: list(HEADS)}
+    assert names("lin*", f"{BACKBONE}/l") == {BACKBONE: list(HEADS)}
 
 
 def twice(source):
@@ -157,20 +178,18 @@ def test_multiply_adds_are_of_one_sample_and_of_the_forward_pass():
     assert module.training
 
 
-def test_results_are_two_files_named_by_the_machine(script, settings, monkeypatch, tmp_path, capsys):
+def test_results_are_two_files_named_by_the_machine(script, settings, work, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "BACKBONES", (BACKBONE,))
     monkeypatch.setattr(script, "default_settings", lambda device: settings)
-    work, out = tmp_path / "work", tmp_path / "results"
-    arguments = ["--work", str(work), "--device", "cpu", "--only", "linear", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["benchmarks/head_steps.py", *arguments])
+    arguments = ["--work", str(work), "--device", "cpu", "--out", str(tmp_path / "results"), "--only"]
+    monkeypatch.setattr("sys.argv", ["benchmarks/head_steps.py", *arguments, "*/linear"])
     script.main()
-    (markdown,) = out.glob("head_steps_*cpu_*.md")
-    assert "`python benchmarks/head_steps.py --device cpu --only linear`" in markdown.read_text()
+    (markdown,) = (tmp_path / "results").glob("head_steps_*cpu_*.md")
+    assert "`python benchmarks/head_steps.py --device cpu --only */linear`" in markdown.read_text()
     assert markdown.read_text() in capsys.readouterr().out
     assert list(json.loads(markdown.with_suffix(".json").read_text())["rows"][BACKBONE]) == ["linear"]
-    monkeypatch.setattr("sys.argv", ["benchmarks/head_steps.py", *arguments, "--only", "nothing", "--rounds", "9"])
-    script.main()
-    monkeypatch.setattr("sys.argv", ["head_steps.py", "--work", str(work), "--only", "nothing", "--rounds", "8"])
+    # A batch of another size: what was measured is no row of it.
+    monkeypatch.setattr("sys.argv", ["benchmarks/head_steps.py", *arguments, "nothing", "--batch", "1"])
     with pytest.raises(SystemExit):
         script.main()
-    assert "no row holds nothing" in capsys.readouterr().err
+    assert "there is no row nothing" in capsys.readouterr().err
