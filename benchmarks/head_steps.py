@@ -161,6 +161,17 @@ class Bench:
         image = torch.zeros(3, *self.settings.input_size, dtype=torch.uint8)
         return giga_macs(backbone.forward, normalised([image], self.settings.input_size, backbone))
 
+    @cached_property
+    def counted(self) -> dict[str, float]:
+        return {}
+
+    def head_macs(self, head: str, source: BlockSource) -> float:
+        """10⁹ multiply-adds of a head on one view, counted once."""
+        if head not in self.counted:
+            batch = next(iter(device_batches(source.blocks(0), self.device)))
+            self.counted[head] = head_macs(self.learner(head).trained.module, batch)
+        return self.counted[head]
+
     def head_row(self, heads: tuple[str, ...]) -> Row:
         """Steps of one head, or of several in one pass: cached, live, and what they wait for."""
         settings, alone = self.settings, len(heads) == 1
@@ -172,9 +183,7 @@ class Bench:
         if settings.on_gpu:
             sources[STAYS] = one_batch(sources[INT8], self.device)
         sources[LIVE] = self.live
-        batch = next(iter(device_batches(sources[INT8].blocks(0), self.device)))
-        h = sum(head_macs(x.trained.module, batch) for x in learners)
-        del batch
+        h = sum(self.head_macs(head, sources[INT8]) for head in heads)
         rounds = settings.rounds if settings.on_gpu or alone else 1
         return {
             "parameters": sum(x.parameters for x in learners) / 1e6,
