@@ -83,7 +83,7 @@ def publish(claim: str, result: Mapping[str, Any], body: str, out: Path, *, m: M
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     line = f"{m['cpu']}, {m['cores']} cores, {m['system']}, Python {m['python']}, {versions}; "
     # Where the files lay and went decides nothing that another machine could repeat.
-    given, places = sys.argv[1:], ("--folder", "--out")
+    given, places = sys.argv[1:], ("--folder", "--work", "--out")
     kept = [a for i, a in enumerate(given) if a not in places and (i == 0 or given[i - 1] not in places)]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
     text = f"{result['what']}\n\n{line}load average {m['load_average']}.\n\n`{command}`\n\n{body}\n"
