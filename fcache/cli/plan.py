@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fcache.extractor import Plan
 
 NO_SPACE = 6
+_COSTS: dict[int, str] = {}
 
 
 @click.command(
@@ -80,6 +81,13 @@ def show_plan(plan: "Plan") -> str:
             for name, each in plan.encodings.items()
         ]
         text += "\n\n" + table(["encoding", "a record", "x smaller than fp16", "all records"], costs)
+    if plan.view_bytes:
+        planned = {s.views for s in plan.splits}
+        counts = [
+            [f"{count}{' (planned)' if count in planned and count > 1 else ''}", size(total), _COSTS.get(count, "")]
+            for count, total in plan.view_bytes.items()
+        ]
+        text += "\n\n" + table(["training views", "features", "mIoU to fresh views"], counts)
     return text if plan.fits else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage
+from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage, to_json
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
 from fcache.cache_spec.store import is_cache, preview
@@ -17,8 +17,11 @@ from fcache.extractor.encode import LevelFacts, encode_batch, tables_on
 from fcache.extractor.encoding_costs import encoding_costs
 from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
-from fcache.extractor.prepare import Prepared, prepare
+from fcache.extractor.prepare import UNKNOWN_SIZE, Prepared, prepare
+from fcache.extractor.views import draw_view
 
+# The numbers of training views that `benchmarks/view_count.py` compares.
+VIEW_COUNTS = (1, 2, 4, 8)
 # Room for what the plan does not count: targets, indices, commits.
 RESERVE_BYTES = 64 << 20
 
@@ -46,7 +49,8 @@ class Plan:
 
     `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
     measured rate, None if it was not measured; then `encodings` maps each encoding to the bytes that it takes for a
-    record, measured on the same batch (None where the features do not fit).
+    record, measured on the same batch (None where the features do not fit). `view_bytes` maps numbers of training views
+    to the bytes of the training split; it is empty if all views of an image are the same one.
     """
 
     cache: str
@@ -55,6 +59,7 @@ class Plan:
     level_bytes: Mapping[str, int]
     free_bytes: int | None
     random_weights: str | None
+    view_bytes: Mapping[int, int]
     seconds: float | None = None
     encodings: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -108,7 +113,19 @@ def plan_of(prepared: Prepared) -> Plan:
         level_bytes={level.name: record_bytes((level,), training.encoding) for level in training.levels},
         free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
+        view_bytes=_view_bytes(prepared, training) if training.role == "training" else {},
     )
+
+
+def _view_bytes(prepared: Prepared, group: Group) -> dict[int, int]:
+    cut, sample = prepared.recipe.training, group.ids[0]
+    first, second = (
+        draw_view(cut, seed=prepared.job.seed, sample_id=sample, view=v, image_size=UNKNOWN_SIZE) for v in (0, 1)
+    )
+    if to_json(first) == to_json(second):
+        return {}
+    each = len(group.ids) * record_bytes(group.levels, group.encoding)
+    return {count: count * each for count in sorted({*VIEW_COUNTS, group.views})}
 
 
 def _split_plan(storage: Storage, manifest: Manifest, name: str) -> SplitPlan:

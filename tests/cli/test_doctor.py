@@ -15,7 +15,7 @@ def test_the_packages_are_those_of_pyproject() -> None:
     plain = {r.split(";")[0].replace("[distributed]", "") for r in project["dependencies"]}
     extras = {
         name: {r.split(";")[0] for r in project["optional-dependencies"][name]}
-        for name in ("mask2former", "s3", "tensorboard", "dask-cuda")
+        for name in ("s3", "tensorboard", "dask-cuda")
     }
     listed = {p.requirement for p in doctor.PACKAGES if p.extra in ("", "video")}
     assert listed == plain

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +101,6 @@ def _check(inputs: HeadInput, options: Options) -> None:
     for name in ("pixel_mlp_ratio", "decoder_mlp_ratio"):
         if round(width * options[name]) < 1:
             raise SpecError(f"mask2former needs {name} of at least one unit, got {options[name]}")
-    if find_spec("scipy") is None:
-        raise SpecError(
-            "mask2former matches queries to classes with scipy, which is not installed: "
-            "pip install 'fcache[mask2former]'"
-        )
     check_segmentation(inputs, options)
 
 

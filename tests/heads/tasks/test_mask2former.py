@@ -320,13 +320,6 @@ def test_options_out_of_range_are_refused_when_the_head_is_chosen(scenes, text: 
         choose_head(f"mask2former:{text}", scenes().info, TrainConfig())
 
 
-def test_without_scipy_the_head_says_how_to_install_it_and_others_do_not_care(scenes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(SpecError, match=r"pip install 'fcache\[mask2former\]'"):
-        choose_head("mask2former", scenes().info, TrainConfig())
-    choose_head("upernet", scenes().info, TrainConfig())
-
-
 def test_norms_and_embeddings_are_not_decayed_and_biases_are():
     module = _build(_inputs((8, 8, 8, 8), 5), **SMALL, norm_inputs=True)
     (group,) = HEAD.groups(module, HEAD.options)
