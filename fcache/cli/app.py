@@ -89,6 +89,9 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with contextlib.suppress(ValueError):  # not in the main thread, where signals cannot be taken
         signal.signal(signal.SIGTERM, _terminate)
+    with contextlib.suppress(AttributeError):  # not a text stream of a file
+        # File names need not be UTF-8: a result that names one goes out as the bytes that it is.
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
         status = app.main(args=None if args is None else list(args), prog_name="fcache", standalone_mode=False)
         sys.stdout.flush()

@@ -38,7 +38,7 @@ def command(out: str, model: str, weights: str, device: str | None) -> None:
     from fcache.cli.extract import progress_of
     from fcache.cli.interrupts import stop_on_signals
     from fcache.cli.job import best_device, job_of_run
-    from fcache.cli.predict import open_reader, show
+    from fcache.cli.predict import files, open_reader, written
     from fcache.cli.progress import Progress, duration
     from fcache.cli.train_head import train_from
     from fcache.extractor import Job, SeenPhotos, Stopped, extract, write_scenes
@@ -87,9 +87,9 @@ def command(out: str, model: str, weights: str, device: str | None) -> None:
     click.echo(text(comparison))
     click.echo()
     click.echo(f"backbone  {model}, weights {weights}" + (" (RANDOM)" if best.random_weights else ""))
-    click.echo("overlay   ", nl=False)
     for found in reader.read([path]):
         assert isinstance(found, SeenPhotos), "the demo draws photos that can be read"
         (seen,) = see(head, view_batches([head], found.views, device=device))
-        show(best, found.photos[0], seen, folder / path.stem, frozenset({"overlay"}))
+        (overlay,) = written(best, found.photos[0], seen, files(best, folder / path.stem, frozenset({"overlay"})))
+        click.echo(f"overlay   {overlay}")
     click.echo(f"took      {duration(time.monotonic() - started)}")

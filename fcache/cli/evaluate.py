@@ -67,7 +67,8 @@ def command(
     from fcache.cli.train_head import progress_of
     from fcache.heads import load_run
 
-    if not (live or tta) and (weights or data_root or limit or batch_size):
+    live = live or tta is not None
+    if not live and (weights or data_root or limit or batch_size):
         raise SpecError(
             "--weights, --data-root, --limit and --batch-size belong to --live or --tta: a cache holds all that "
             "scoring needs"
@@ -76,14 +77,14 @@ def command(
     groups: dict[str, list[Run]] = {}
     for run in map(load_run, dict.fromkeys(runs)):
         # Live features are the same for all copies of a cache: one pass.
-        where = run.features_key if live or tta else cache or run.hints.get("cache", "")
+        where = run.features_key if live else cache or run.hints.get("cache", "")
         groups.setdefault(where, []).append(run)
-    found: dict[str, tuple[Run, Scored]] = {}
-    views: TTA | None = None
+    found: dict[str, tuple[Run, Scored, TTA | None]] = {}
     with Progress() as progress:
         for where, members in groups.items():
             report = progress_of(progress)
-            if tta:
+            views: TTA | None = None
+            if tta is not None:
                 job, split = live_job(members[0], weights, data_root, limit, device)
                 views, results = score_views(members, job, split, tta, batch_size, report)
             elif live:
@@ -92,12 +93,12 @@ def command(
                 results = score(members, live_source(job, split, size), device, report)
             else:
                 results = score(members, stored_source(where, members, device), device, report)
-            found |= {str(run.folder): (run, r) for run, r in zip(members, results, strict=True)}
+            found |= {str(run.folder): (run, r, views) for run, r in zip(members, results, strict=True)}
     ordered = [found[str(Path(run))] for run in dict.fromkeys(runs)]
     if as_json:
-        click.echo(json.dumps([as_data(run, scored, views) for run, scored in ordered], indent=2))
+        click.echo(json.dumps([as_data(*one) for one in ordered], indent=2))
         return
-    names = list(dict.fromkeys(name for _, scored in ordered for name in scored.scores.values if "/" not in name))
+    names = list(dict.fromkeys(name for _, scored, _ in ordered for name in scored.scores.values if "/" not in name))
     rows = [
         [
             str(run.folder),
@@ -106,7 +107,7 @@ def command(
             views.name if views else "plain",
             *_cells(scored.scores.values, names),
         ]
-        for run, scored in ordered
+        for run, scored, views in ordered
     ]
     click.echo(table(["run", "head", "samples", "views", *names], rows, left=2))
 
@@ -116,7 +117,10 @@ def _cells(values: Mapping[str, float], names: list[str]) -> list[str]:
 
 
 def as_data(run: "Run", scored: "Scored", views: "TTA | None") -> dict[str, Any]:
-    """Scores of one run as JSON data; a class without a score has null. `views` are test-time views, if there were."""
+    """Scores of one run as JSON data. `views` are test-time views, if there were.
+
+    Lists in "per_class" are in the order of "classes"; a class without a score has null.
+    """
     from fcache.cache_spec import to_json
 
     scores = scored.scores
@@ -131,6 +135,7 @@ def as_data(run: "Run", scored: "Scored", views: "TTA | None") -> dict[str, Any]
         "tta": to_json(views) if views else None,
         "metrics": metrics,
         "chosen": scores.chosen,
+        "classes": list(run.targets[0].class_names),
         "per_class": per_class,
     }
 

@@ -1,7 +1,11 @@
-"""Where predictions are written: a name for each photo, never the same for two."""
+"""Where predictions are written: a name for each photo, never the same for two, and files that are never half there."""
 
+import errno
 import os
-from collections.abc import Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +32,13 @@ def output_names(photos: "Sequence[FoundPhoto]") -> list[Path]:
     names: dict[int, Path] = {}
     left = list(range(len(photos)))
     for form in forms:
-        taken = [_key(name) for name in names.values()] + [_key(form[i]) for i in left]
-        names |= {i: form[i] for i in left if taken.count(_key(form[i])) == 1}
+        taken = Counter(_key(name) for name in (*names.values(), *(form[i] for i in left)))
+        names |= {i: form[i] for i in left if taken[_key(form[i])] == 1}
         left = [i for i in left if i not in names]
+    used = {_key(name) for name in names.values()}
     for i in left:
-        names[i] = _numbered(forms[-1][i], {_key(name) for name in names.values()})
+        names[i] = _numbered(forms[-1][i], used)
+        used.add(_key(names[i]))
     return [names[i] for i in range(len(photos))]
 
 
@@ -51,9 +57,47 @@ def save_png(path: Path, pixels: "np.ndarray") -> None:
     """Writes uint8 pixels [H, W] or [H, W, 3] as a PNG, into a file of another name that takes its place when whole."""
     from PIL import Image
 
+    with _whole(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, as `save_png` does."""
+    with _whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Generator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        Image.fromarray(pixels).save(partial, format="PNG")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_folder(folder: Path) -> None:
+    """Makes a folder if there is none, and tries it, before any work is done for it.
+
+    Raises SpecError if nothing can be written there, OSError if there is no space.
+    """
+    from fcache.cache_spec import SpecError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SpecError(f"nothing can be written to the folder {folder} ({e.strerror}); choose another --out") from e
+
+
+def check_apart(photos: "Sequence[FoundPhoto]", written: Sequence[Path]) -> None:
+    """Raises SpecError if one of the files that are to be written is one of the photos."""
+    from fcache.cache_spec import SpecError
+
+    read = {os.path.realpath(photo.path) for photo in photos}
+    if same := next((path for path in written if os.path.realpath(path) in read), None):
+        raise SpecError(f"{same} is one of the photos, and a prediction would overwrite it; choose another --out")

@@ -1,6 +1,7 @@
 """`fcache predict`: a backbone and a trained head on photos."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,13 @@ import click
 from fcache.cli.job import tta_option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fcache.extractor import Job, Photo, PhotoReader
     from fcache.heads import Run, Seen
 
-PRODUCTS = ("overlay", "labels", "probabilities")
+# What is written of label maps, and how the names of its files end.
+PRODUCTS = {"overlay": ".png", "labels": ".labels.png", "probabilities": ".probabilities.npy"}
 UNREADABLE = 3
 
 
@@ -64,7 +68,7 @@ def command(
     """Run the backbone and the head of RUN on photos, and on all photos below folders."""
     from fcache.cache_spec import SpecError
     from fcache.cli.job import best_device, job_of_run
-    from fcache.cli.outputs import output_names
+    from fcache.cli.outputs import check_apart, open_folder, output_names, save_text
     from fcache.cli.progress import Progress, rate
     from fcache.extractor import Unreadable, find_photos, find_tta
     from fcache.heads import load_head, load_run, see, view_batches
@@ -73,35 +77,45 @@ def command(
     products = parse_products(save, trained_on)
     device = device or best_device()
     job = job_of_run(trained_on, weights=weights, root=None, device=device)
-    views = find_tta(tta, job) if tta else None
-    if same := [image for image in images if Path(image).is_dir() and Path(image).resolve() == Path(out).resolve()]:
+    views = find_tta(tta, job) if tta is not None else None
+    folder = Path(out) if products else None
+    if folder and (same := [i for i in images if Path(i).is_dir() and Path(i).resolve() == folder.resolve()]):
         raise SpecError(f"overlays in {same[0]} would be photos the next time; choose another --out")
-    photos = find_photos([Path(image) for image in images], leave_out=Path(out))
-    names = dict(zip((photo.path for photo in photos), output_names(photos), strict=True))
+    photos = find_photos([Path(image) for image in images], leave_out=folder)
+    stems = {p.path: Path(out) / name for p, name in zip(photos, output_names(photos), strict=True)}
+    classes = Path(out) / f"{run_name(trained_on)}.classes.json"
+    if folder:
+        check_apart(photos, [path for stem in stems.values() for path in files(trained_on, stem, products).values()])
+        open_folder(folder)
     head, reader = load_head(trained_on, device=device), open_reader(trained_on, job)
     done, failed, started = 0, 0, time.monotonic()
     with Progress() as progress:
-        for item in reader.read(list(names), tta=views, batch_size=batch_size):
+        for item in reader.read(list(stems), tta=views, batch_size=batch_size):
             if isinstance(item, Unreadable):
                 progress.note(f"fcache: error: {item.reason}")
                 failed += 1
                 continue
+            if not done and products - {"overlay"}:
+                # Before the maps that it names the classes of, which may be read while others are made.
+                save_text(classes, json.dumps(list(trained_on.targets[0].class_names), indent=1) + "\n")
             for photo, seen in zip(
                 item.photos, see(head, view_batches([head], item.views, device=device)), strict=True
             ):
-                show(trained_on, photo, seen, Path(out) / names[photo.path], products)
+                lines = written(trained_on, photo, seen, files(trained_on, stems[photo.path], products))
+                progress.clear()
+                click.echo("\n".join(lines))
             done += len(item.photos)
-            progress.show(f"predict  {rate(done, len(names) - failed, time.monotonic() - started, 'photos')}")
-    if done and products - {"overlay"}:
-        classes = Path(out) / f"{trained_on.folder.name}.classes.json"
-        classes.write_text(json.dumps(list(trained_on.targets[0].class_names), indent=1) + "\n", encoding="utf-8")
+            progress.show(f"predict  {rate(done, len(stems) - failed, time.monotonic() - started, 'photos')}")
     if failed:
-        click.echo(f"predict  {failed} of {len(names)} photos could not be read", err=True)
+        click.echo(f"predict  {failed} of {len(stems)} photos could not be read", err=True)
     return UNREADABLE if failed else 0
 
 
 def parse_products(text: str | None, run: "Run") -> frozenset[str]:
-    """What is to be written, from "labels,probabilities". Raises SpecError for unknown names, and for other tasks."""
+    """What is to be written, from "labels,probabilities": nothing for tasks other than semantic.
+
+    Raises SpecError for unknown names, and if other tasks are asked for files.
+    """
     from fcache.cache_spec import SpecError, unknown_name
     from fcache.cli.job import words
 
@@ -113,7 +127,17 @@ def parse_products(text: str | None, run: "Run") -> frozenset[str]:
         raise SpecError(f"--save names one or more of {', '.join(PRODUCTS)}")
     if text is not None and run.task != "semantic":
         raise SpecError(f"--save is for label maps; heads of task {run.task!r} print classes")
-    return frozenset(chosen)
+    return frozenset(chosen) if run.task == "semantic" else frozenset()
+
+
+def run_name(run: "Run") -> str:
+    """What a run's files are named after: its folder, also where that is named "."."""
+    return Path(os.path.abspath(run.folder)).name
+
+
+def files(run: "Run", stem: Path, products: frozenset[str]) -> dict[str, Path]:
+    """The files to be written of one photo, by product. `stem` is a path without ending."""
+    return {p: stem.with_name(f"{stem.name}-{run_name(run)}{PRODUCTS[p]}") for p in PRODUCTS if p in products}
 
 
 def open_reader(run: "Run", job: "Job") -> "PhotoReader":
@@ -137,40 +161,34 @@ def open_reader(run: "Run", job: "Job") -> "PhotoReader":
     return reader
 
 
-def show(run: "Run", photo: "Photo", seen: "Seen", stem: Path, products: frozenset[str]) -> None:
-    """Write what was asked for and print the paths, or print the best classes. `stem` is a path without ending."""
+def written(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]") -> list[str]:
+    """Write files of a photo, by product, and give their paths; of heads without label maps the best classes."""
     if run.task != "semantic":
-        show_classes(run, photo, seen)
-        return
+        return best_lines(run, photo, seen)
     from fcache.cli.outputs import save_png
     from fcache.heads import overlay, save_probabilities
 
     target = run.targets[0]
-    base = f"{stem.name}-{run.folder.name}"
-    written: list[Path] = []
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if products & {"overlay", "labels"}:
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if paths.keys() & {"overlay", "labels"}:
         labels = seen.merged().numpy()
-        if "overlay" in products:
-            written.append(stem.with_name(f"{base}.png"))
-            save_png(written[-1], overlay(photo.image, labels, target.palette, target.class_names))
-        if "labels" in products:
-            written.append(stem.with_name(f"{base}.labels.png"))
-            save_png(written[-1], labels)
-    if "probabilities" in products:
-        written.append(stem.with_name(f"{base}.probabilities.npy"))
-        save_probabilities(written[-1], seen)
-    for path in written:
-        click.echo(str(path))
+        if "overlay" in paths:
+            save_png(paths["overlay"], overlay(photo.image, labels, target.palette, target.class_names))
+        if "labels" in paths:
+            save_png(paths["labels"], labels)
+    if "probabilities" in paths:
+        save_probabilities(paths["probabilities"], seen)
+    return [str(path) for path in paths.values()]
 
 
-def show_classes(run: "Run", photo: "Photo", seen: "Seen") -> None:
-    """Print the best classes of a photo: its path, class and probability, separated by tabs."""
+def best_lines(run: "Run", photo: "Photo", seen: "Seen") -> list[str]:
+    """The best classes of a photo: its path, class and probability, separated by tabs."""
     from fcache.heads import Prediction, best_classes
 
     variants = [name.partition("/")[2] for name in run.metrics if name.startswith("top1/")]
     chosen = run.evaluations[-1].chosen if run.evaluations else ""
     variant = variants.index(chosen) if chosen in variants else 0
     prediction = Prediction(seen.id, seen.merged())
-    for name, probability in best_classes(prediction, run.targets[0].class_names, variant=variant):
-        click.echo(f"{photo.path}\t{name}\t{probability:.4f}")
+    found = best_classes(prediction, run.targets[0].class_names, variant=variant)
+    return [f"{photo.path}\t{name}\t{probability:.4f}" for name, probability in found]

@@ -15,8 +15,9 @@ PLAIN_SECONDS = 10.0
 class Progress:
     """The line that says how far a command is.
 
-    `show` replaces the line (as often as the stream's kind allows), `note` adds a line that stays. Use as a context
-    manager: leaving it ends the live line, so that what follows starts on a new one. Threads may share one.
+    `show` replaces the line (as often as the stream's kind allows), `note` adds a line that stays; `clear` takes the
+    line away for what is printed elsewhere. Use as a context manager: leaving it ends the live line, so that what
+    follows starts on a new one. Threads may share one.
     """
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,12 +49,16 @@ class Progress:
     def note(self, text: str) -> None:
         """Say `text` at once, on a line that stays."""
         with self._lock:
-            if self._live:
-                self._stream.write("\r" + " " * self._width + "\r")
-                self._width = 0
+            self._clear()
             self._stream.write(text + "\n")
             self._stream.flush()
             self._pending = ""
+
+    def clear(self) -> None:
+        """Take the live line away, so that a result can be printed on the same terminal."""
+        with self._lock:
+            self._clear()
+            self._stream.flush()
 
     def close(self) -> None:
         """Put the last text of `show` and end its line."""
@@ -64,6 +69,11 @@ class Progress:
                 self._stream.write("\n")
                 self._stream.flush()
             self._pending = ""
+            self._width = 0
+
+    def _clear(self) -> None:
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
 
     def _put(self, text: str) -> None:

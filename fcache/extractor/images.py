@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -101,6 +101,10 @@ def _open(file: IO[bytes], path: Path) -> Image.Image:
         saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(file)
+        except UnidentifiedImageError as e:
+            raise DataError(
+                f"{path}: expected an image, found bytes of no known format; replace or remove the file"
+            ) from e
         finally:
             Image.MAX_IMAGE_PIXELS = saved
     if image.width * image.height > MOST_PIXELS:

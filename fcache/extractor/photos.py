@@ -73,7 +73,8 @@ def find_photos(paths: Iterable[Path], *, leave_out: Path | None = None) -> tupl
 
 
 def _below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
-    left_out = None if leave_out is None else os.path.abspath(leave_out)
+    # Links resolved: the same folder may be named in two ways.
+    left_out = None if leave_out is None else os.path.realpath(leave_out)
 
     def refuse(error: OSError) -> None:
         raise error
@@ -82,7 +83,7 @@ def _below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and os.path.abspath(os.path.join(parent, name)) != left_out
+            if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left_out
         )
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:

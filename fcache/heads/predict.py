@@ -15,6 +15,9 @@ from fcache.heads.evaluate import TrainedHead
 from fcache.heads.parts.classmaps import probability_strips
 from fcache.heads.views import Seen
 
+# Pixels of an overlay that are mixed at a time: some 50 MB.
+OVERLAY_PIXELS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -86,24 +89,36 @@ def overlay(
     if image.shape[:2] != labels.shape:
         raise DataError(f"the image is {image.shape[:2]}, its label map {labels.shape}")
     colours = np.asarray(palette or default_palette(len(class_names)), dtype=np.float32)
-    known = labels < len(colours)
-    drawn = image.astype(np.float32)
-    drawn[known] = (1 - opacity) * drawn[known] + opacity * colours[labels[known]]
-    picture = Image.fromarray(np.round(drawn).astype(np.uint8))
-
-    counts = np.bincount(labels[known], minlength=len(colours))
-    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    counts = np.zeros(256, dtype=np.int64)
+    drawn = np.empty_like(image)
+    # Some rows at a time: sums of a large photo in float32 would take many times its own memory.
+    rows = max(1, OVERLAY_PIXELS // max(1, image.shape[1]))
+    for first in range(0, len(image), rows):
+        strip, classes = image[first : first + rows].astype(np.float32), labels[first : first + rows]
+        known = classes < len(colours)
+        strip[known] = (1 - opacity) * strip[known] + opacity * colours[classes[known]]
+        drawn[first : first + rows] = np.round(strip)
+        counts += np.bincount(classes.ravel(), minlength=256)
+    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k] and k < len(colours)]
     lines = [f"{class_names[k]}  {100 * counts[k] / labels.size:.1f} %" for k in present]
-    size = max(11, min(18, image.shape[0] // 20))
+    return _beside(drawn, lines, [tuple(int(c) for c in colours[k]) for k in present])
+
+
+def _beside(picture: np.ndarray, lines: Sequence[str], colours: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """A picture uint8 [H, W, 3] with a legend at its right: a box and a line for each colour."""
+    height, width = picture.shape[:2]
+    # Letters grow with large pictures, which are looked at smaller than they are, as far as the lines find room.
+    large = min(min(height, width) // 40, 3 * height // (4 * max(1, len(lines))))
+    size = max(11, min(18, height // 20), large)
     font = ImageFont.load_default(size=size)
-    step = size + 6
-    width = max((int(font.getlength(line)) for line in lines), default=0) + step + 18
-    canvas = Image.new("RGB", (image.shape[1] + width, max(image.shape[0], step * len(lines) + 12)), "white")
-    canvas.paste(picture, (0, 0))
+    gap = max(6, size // 3)
+    step = size + gap
+    wide = max((int(font.getlength(line)) for line in lines), default=0) + step + 3 * gap
+    canvas = Image.new("RGB", (width + wide, max(height, step * len(lines) + 2 * gap)), "white")
+    canvas.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for row, (k, line) in enumerate(zip(present, lines, strict=True)):
-        x, y = image.shape[1] + 6, 6 + row * step
-        colour = tuple(int(c) for c in colours[k])
+    for row, (colour, line) in enumerate(zip(colours, lines, strict=True)):
+        x, y = width + gap, gap + row * step
         draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
         draw.text((x + step, y), line, fill="black", font=font)
     return np.asarray(canvas)

@@ -53,6 +53,18 @@ def test_a_note_stays_on_its_own_line() -> None:
     assert stream.getvalue() == "\r1/2\r   \rbad.jpg: truncated\n"
 
 
+def test_what_is_printed_elsewhere_finds_a_line_of_its_own() -> None:
+    stream, clock = Terminal(), Clock()
+    with Progress(stream, clock=clock) as progress:
+        progress.clear()
+        progress.show("1/2")
+        progress.clear()
+        stream.write("result\n")
+        clock.now = 1
+        progress.show("2/2")
+    assert stream.getvalue() == "\r1/2\r   \rresult\n\r2/2\n"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -1,6 +1,9 @@
 """evaluate --tta and predict on folders as a user runs them."""
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fcache.cli import main
-from fcache.extractor import FoundPhoto, write_scenes
+from fcache.extractor import write_scenes
 from fcache.heads import load_run
 
 JOB = ["--model", "test_resnet", "--weights", "random:0", "--precision", "fp32", "--workers", "0", "--device", "cpu"]
@@ -26,12 +29,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("trained")
-    line = ["--view-recipe", "ade20k-small", "--input-size", "64", "64", "--dataset", "ade20k", "--views", "1"]
+    train_on(scenes, folder, 64, "--head", "linear", "--head", "upernet:width=8")
+    return [str(folder / "runs" / name) for name in ("linear-seed0", "upernet-width=8-seed0")]
+
+
+def train_on(scenes: Path, folder: Path, side: int, *heads: str) -> None:
+    """Heads on a cache of the scenes in views of `side`, in `folder`."""
+    line = ["--view-recipe", "ade20k-small", "--input-size", *[str(side)] * 2, "--dataset", "ade20k", "--views", "1"]
     cache = ["--cache", str(folder / "c.fcache")]
     assert main(["extract", *JOB, *line, "--data-root", str(scenes), *cache, "--encoding", "fp32"]) == 0
-    heads = ["--head", "linear", "--head", "upernet:width=8"]
     assert main(["train-head", *cache, *heads, *TRAIN, "--out", str(folder / "runs")]) == 0
-    return [str(folder / "runs" / name) for name in ("linear-seed0", "upernet-width=8-seed0")]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +102,26 @@ def test_windows_take_the_size_of_training_views_unless_told(runs: list[str], ca
     assert found["views"] == "slide:window=64,stride=42"
 
 
+def test_runs_of_two_caches_say_each_which_views_were_theirs(
+    runs: list[str], scenes: Path, tmp_path: Path, capsys
+) -> None:
+    train_on(scenes, tmp_path, 96, "--head", "linear")
+    both = [runs[0], str(tmp_path / "runs" / "linear-seed0")]
+    line = ["--tta", "slide", "--limit", "1"]
+    found = evaluated(capsys, *both, *line)
+    assert [r["tta"]["window"] for r in found] == [[64, 64], [96, 96]]
+    assert [r["views"] for r in found] == ["slide:window=64,stride=42", "slide:window=96,stride=64"]
+    assert main(["evaluate", *both, *CPU, *line]) == 0
+    assert [row.split()[3] for row in capsys.readouterr().out.splitlines()[1:]] == [r["views"] for r in found]
+
+
+def test_scores_of_classes_come_with_their_names(runs: list[str], capsys) -> None:
+    (found,) = evaluated(capsys, runs[0], "--tta", "flip", "--limit", "1")
+    assert found["classes"] == list(load_run(runs[0]).targets[0].class_names)
+    assert {name: len(values) for name, values in found["per_class"].items()} == {"iou": 10, "accuracy": 10}
+    assert len(found["classes"]) == 10
+
+
 def test_evaluations_leave_runs_and_comparisons_alone(runs: list[str], capsys) -> None:
     before = [(Path(run) / "run.json").read_bytes() for run in runs]
     evaluated(capsys, *runs, "--tta", "flip")
@@ -126,6 +153,7 @@ def test_probes_average_probabilities_over_flips(probe: tuple[str, Path], capsys
     [
         (["--tta", "ms-flop"], "did you mean flip"),
         (["--tta", "slide:window=4,stride=9"], "gaps"),
+        (["--tta", ""], "test-time view ''"),
         (["--limit", "3"], "--live or --tta"),
         (["--batch-size", "3"], "--live or --tta"),
         (["--weights", "w.pth"], "--live or --tta"),
@@ -213,26 +241,117 @@ def test_overlays_are_no_photos_the_next_time(runs: list[str], photos: Path, cap
     assert "another --out" in capsys.readouterr().err
 
 
+def test_a_folder_of_overlays_named_through_a_link_holds_no_photos(
+    runs: list[str], photos: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "link").symlink_to(photos)
+    printed = []
+    for _ in range(2):
+        assert main(["predict", runs[0], str(photos), *CPU, "--out", str(tmp_path / "link" / "predictions")]) == 3
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_a_photo_is_never_overwritten(runs: list[str], photos: Path, capsys) -> None:
+    photo = photos / "x-linear-seed0.png"
+    Image.open(photos / "y.png").save(photo)
+    before = photo.read_bytes()
+    assert main(["predict", runs[0], str(photos / "x.jpg"), str(photo), *CPU, "--out", str(photos)]) == 2
+    assert "x-linear-seed0.png is one of the photos" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(
+    runs: list[str], photos: Path, tmp_path: Path, capsys, monkeypatch, out: str
+) -> None:
+    monkeypatch.setattr("fcache.cli.predict.open_reader", lambda *_: pytest.fail("the backbone was loaded"))
+    (tmp_path / "file").touch()
+    assert main(["predict", runs[0], str(photos), *CPU, "--out", str(tmp_path / out)]) == 2
+    err = capsys.readouterr().err
+    assert f"nothing can be written to the folder {tmp_path / out}" in err
+    assert "another --out" in err
+
+
+def test_files_are_named_after_the_run_wherever_it_is_called_from(
+    runs: list[str], photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(runs[0])
+    assert main(["predict", ".", str(photos / "x.jpg"), *CPU, "--out", str(tmp_path), "--save", "labels"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/x-linear-seed0.labels.png\n"
+    assert (tmp_path / "linear-seed0.classes.json").is_file()
+
+
+def test_a_prediction_that_is_stopped_leaves_whole_files_and_the_names_of_their_classes(
+    runs: list[str], photos: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from fcache.cli import outputs
+
+    real, saved = outputs.save_png, []
+
+    def stopped(path: Path, pixels: np.ndarray) -> None:
+        if saved:
+            # As much of the second file as an encoder has written when the signal comes.
+            monkeypatch.setattr(Image.Image, "save", lambda self, to, **_: to.write_bytes(b"half") and interrupt())
+        saved.append(path)
+        real(path, pixels)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputs, "save_png", stopped)
+    out = tmp_path / "out"
+    assert main(["predict", runs[0], str(photos), *CPU, "--out", str(out), "--save", "labels"]) == 130
+    assert sorted(p.name for p in out.iterdir()) == ["linear-seed0.classes.json", "x-linear-seed0.labels.png"]
+    monkeypatch.undo()
+    assert main(["predict", runs[0], str(photos), *CPU, "--out", str(out), "--save", "labels"]) == 3
+    assert len(list(out.rglob("*.png"))) == 4
+
+
+def test_a_name_that_is_no_text_is_printed_as_it_is(runs: list[str], photos: Path, tmp_path: Path, monkeypatch) -> None:
+    photo = os.fsencode(photos) + b"/caf\xe9.jpg"
+    try:
+        os.rename(photos / "x.jpg", photo)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict"))
+    assert main(["predict", runs[0], os.fsdecode(photo), *CPU, "--out", str(tmp_path)]) == 0
+    printed = sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+    assert printed == os.fsencode(tmp_path) + b"/caf\xe9-linear-seed0.png\n"
+    assert os.path.isfile(printed[:-1])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_paths_have_lines_of_their_own_on_a_terminal(
+    runs: list[str], photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert main(["predict", runs[0], str(photos), *CPU, "--out", str(tmp_path)]) == 3
+    # What a terminal leaves of a line is what comes after the last carriage return.
+    lines = [line.rpartition("\r")[2] for line in screen.getvalue().splitlines()]
+    paths = [str(tmp_path / f"{stem}-linear-seed0.png") for stem in ("x", "y.jpg", "y.png", "sub/x")]
+    assert [line for line in lines if ".png" in line] == paths
+    assert "predict  4/4 photos" in screen.getvalue()
+
+
+def test_heads_that_print_classes_write_nothing(probe: tuple[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    run, photo = probe
+    # A folder of photos that happens to be called as --out is by default.
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "a.png").write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for images in ("predictions", "."):
+        assert main(["predict", run, images, *CPU]) == 0
+        assert {row.split("\t")[0] for row in capsys.readouterr().out.splitlines()} == {"predictions/a.png"}
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.png"]
+
+
 def test_unknown_products_are_a_usage_error(runs: list[str], photos: Path, capsys) -> None:
     assert main(["predict", runs[0], str(photos), "--save", "overlays", *CPU]) == 2
     assert "did you mean overlay" in capsys.readouterr().err
-
-
-def names_of(*photos: tuple[str, str]) -> list[str]:
-    from fcache.cli.outputs import output_names
-
-    return [str(name) for name in output_names([FoundPhoto(Path(p), Path(r)) for p, r in photos])]
-
-
-def test_no_two_photos_share_an_output() -> None:
-    assert names_of(("a/x.jpg", "x.jpg"), ("b/y.jpg", "y.jpg")) == ["x", "y"]
-    assert names_of(("a/x.jpg", "x.jpg"), ("b/x.jpg", "x.jpg"), ("b/y.jpg", "y.jpg")) == ["a/x", "b/x", "y"]
-    assert names_of(("a/x.jpg", "x.jpg"), ("a/x.png", "x.png")) == ["x.jpg", "x.png"]
-    # Where upper and lower case are one.
-    assert names_of(("a/X.jpg", "X.jpg"), ("a/x.JPEG", "x.JPEG")) == ["X.jpg", "x.JPEG"]
-    assert names_of(("a/x.jpg", "x.jpg"), ("a/x.png", "x.png"), ("b/x.jpg", "x.jpg")) == ["a/x", "x.png", "b/x"]
-    assert names_of(("p/a/x.jpg", "a/x.jpg"), ("q/a/x.jpg", "a/x.jpg")) == ["p/a/x", "q/a/x"]
-    hard = [("r/X.jpg", "X.jpg"), ("r/x.jpg", "x.jpg"), ("r/x.JPG", "x.JPG"), ("s/x.jpg", "x.jpg")]
-    found = names_of(*hard)
-    assert len({name.casefold() for name in found}) == 4
-    assert names_of() == []

@@ -1,3 +1,5 @@
+import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +10,9 @@ from fcache.cache_spec import DataError
 from fcache.cache_spec.testing import plain_view
 from fcache.heads import Prediction, TrainConfig, best_classes, choose_head, load_head, overlay, predict, train
 from fcache.heads.predict import default_palette
+
+# The package has a function of the module's name.
+predict_module = sys.modules["fcache.heads.predict"]
 
 
 def test_label_maps_have_the_size_of_the_original_images(scenes, tmp_path):
@@ -54,6 +59,42 @@ def test_many_classes_get_a_legend_that_is_as_high_as_they_need():
     labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     drawn = overlay(np.zeros((8, 8, 3), np.uint8), labels, [], [f"class {k}" for k in range(64)])
     assert drawn.shape[0] > 64 * 11
+
+
+def test_an_overlay_is_mixed_some_rows_at_a_time(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (900, 1000, 3)).astype(np.uint8)
+    labels = rng.integers(0, 6, (900, 1000)).astype(np.uint8)
+    labels[labels == 5] = 255
+    whole = overlay(image, labels, [], ["a", "b", "c", "d", "e"])
+    monkeypatch.setattr(predict_module, "OVERLAY_PIXELS", 17_000)
+    tracemalloc.start()
+    try:
+        drawn = overlay(image, labels, [], ["a", "b", "c", "d", "e"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(drawn, whole)
+    # In float32 the picture alone is four times its own size.
+    assert peak < 4 * image.nbytes
+
+
+@pytest.mark.parametrize("side", [300, 700, 2000])
+def test_a_legend_can_be_read_beside_a_picture_of_any_size(side: int) -> None:
+    labels = np.zeros((side, side), np.uint8)
+    labels[0, :10] = np.arange(10)
+    legend = overlay(np.zeros((side, side, 3), np.uint8), labels, [(0, 0, 255)] * 10, ["name"] * 10)[:, side:]
+    # The boxes of the ten classes are squares as high as letters.
+    box = np.flatnonzero((legend[:, : legend.shape[1] // 3] == (0, 0, 255)).all(-1).any(0)).size
+    assert side / 50 <= box <= side / 15
+    assert legend.shape[0] == side
+
+
+def test_many_lines_beside_a_large_picture_have_smaller_letters() -> None:
+    labels = np.zeros((3000, 500), np.uint8)
+    labels[0, :150] = np.arange(150)
+    drawn = overlay(np.zeros((3000, 500, 3), np.uint8), labels, [], [f"class {k}" for k in range(150)])
+    assert drawn.shape[0] <= 150 * 24 + 12
 
 
 def test_an_overlay_of_another_size_is_refused():

@@ -58,7 +58,7 @@ class TTA:
         ]
         options: list[str] = []
         if self.scales not in ((1.0,), SCALES):
-            options.append("scales=" + ",".join(f"{s:g}" for s in self.scales))
+            options.append("scales=" + ",".join(_scale_text(s) for s in self.scales))
         if self.window and self.stride:
             options += [f"window={_size_text(self.window)}", f"stride={_size_text(self.stride)}"]
         return "-".join(words or ["plain"]) + (":" + ",".join(options) if options else "")
@@ -108,6 +108,8 @@ def _options(text: str) -> dict[str, str]:
         name, equals, value = piece.partition("=")
         if equals and name.strip():
             last = name.strip()
+            if last in found:
+                raise SpecError(f"{last}= is given twice, got {text!r}")
             found[last] = value.strip()
         elif last and piece.strip():
             found[last] += f",{piece.strip()}"
@@ -121,6 +123,11 @@ def _scales(text: str) -> tuple[float, ...]:
         return tuple(float(s) for s in text.split(","))
     except ValueError:
         raise SpecError(f"scales are numbers such as 0.5,1,1.5, got {text!r}") from None
+
+
+def _scale_text(scale: float) -> str:
+    # The shortest text that is the same number again: two scales must not share a name.
+    return f"{scale:g}" if float(f"{scale:g}") == scale else repr(scale)
 
 
 def _size(name: str, text: str) -> Size:

@@ -42,6 +42,7 @@ def picture(height: int, width: int) -> np.ndarray:
         ("ms-flip", TTA(SCALES, flip=True), "ms-flip"),
         ("flip-ms", TTA(SCALES, flip=True), "ms-flip"),
         ("ms-flip:scales=0.5,1,1.5", TTA((0.5, 1.0, 1.5), flip=True), "ms-flip:scales=0.5,1,1.5"),
+        ("ms:scales=0.3333333333,1e-05", TTA((0.3333333333, 1e-05)), "ms:scales=0.3333333333,1e-05"),
         ("slide", TTA(window=(512, 512), stride=(341, 341)), "slide:window=512,stride=341"),
         (
             "ms-slide:window=300x400,scales=1,2,stride=100",
@@ -73,6 +74,7 @@ def test_a_text_names_views_and_views_have_one_name(text: str, expected: TTA, na
         ("ms:scales=nan", "finite|positive"),
         ("ms:scales=inf", "finite"),
         ("ms:0.5", "option=value"),
+        ("ms:scales=0.5,scales=1", "scales= is given twice"),
         ("slide:window=big", "window is a number"),
         ("slide:window=0", "at least 1"),
         ("slide:window=64,stride=65", "gaps"),
@@ -103,9 +105,11 @@ def test_scales_follow_the_reference_s_rule(image: tuple[int, int], sizes: list[
 
 
 def test_a_ratio_of_a_half_of_an_odd_side_rounds_down() -> None:
+    # 51.5 and 499.5 are 51 and 499: neither rounded up, nor to the nearest even number.
     (plan,) = plan_views(Cut(KeepRatio(long=999, short=103)), TTA((0.5,)), (200, 300), multiple=1)
-    # 51 of 103, not 52.
     assert plan.view.valid == (51, 77)
+    (plan,) = plan_views(Cut(KeepRatio(long=999, short=999)), TTA((0.5,)), (300, 300), multiple=1)
+    assert plan.view.valid == (499, 499)
 
 
 def test_other_evaluation_views_scale_with_their_canvas() -> None:
