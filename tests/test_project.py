@@ -31,7 +31,7 @@ def test_constraints_leave_the_cuda_packages_to_torch() -> None:
 
 def test_every_direct_requirement_of_a_checkout_is_pinned() -> None:
     extras = PROJECT["optional-dependencies"]
-    wanted = PROJECT["dependencies"] + extras["mask2former"] + extras["test"] + extras["dev"]
+    wanted = PROJECT["dependencies"] + extras["s3"] + extras["test"] + extras["dev"]
     names = {canonical(re.match(r"[A-Za-z0-9._-]+", r).group()) for r in wanted} - {"fcache"}  # type: ignore[union-attr]
     assert names - {canonical(line.split("==")[0]) for line in PINS} == set()
 
