@@ -59,8 +59,11 @@ def merge_labels(outputs: Sequence[ClassMaps], views: Sequence[View], options: O
         _frames(views)
         # One view needs no probabilities: the largest score has the largest share.
         return labels_at_original_size(outputs[0].maps, views[0])
-    strips = [strip.argmax(dim=0).to(torch.uint8).cpu() for _, strip in share_strips(outputs, views)]
-    return torch.cat(strips)
+    # In one piece: small strips that are kept between large ones that are not would tear the memory apart.
+    labels = torch.empty(views[0].image_size, dtype=torch.uint8)
+    for first, shares in share_strips(outputs, views):
+        labels[first : first + shares.shape[1]] = shares.argmax(dim=0)
+    return labels
 
 
 def probability_strips(outputs: Sequence[ClassMaps], views: Sequence[View]) -> Iterator[tuple[int, Tensor]]:
