@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from fcache.heads import Run
 
 OPTIONS = (
-    click.option("--model", required=True, help="swinv2-t, -s, -b, -l, or any timm name.", metavar="NAME"),
+    click.option(
+        "--model",
+        required=True,
+        help="swinv2-t, -s, -b, -l, vit-b-det, vit-l-det, or any timm name.",
+        metavar="NAME",
+    ),
     click.option(
         "--dataset", required=True, help="How the data are laid out: ade20k, coco, imagefolder.", metavar="NAME"
     ),
@@ -33,7 +38,12 @@ OPTIONS = (
         metavar="NAME",
     ),
     click.option("--input-size", type=int, nargs=2, help="Input height and width of views.", metavar="H W"),
-    click.option("--window", type=int, help="Another attention window (Swin) than the model's own.", metavar="N"),
+    click.option(
+        "--window",
+        type=int,
+        help="Another attention window (Swin) than the model's own; for a plain ViT, windows in all but four blocks.",
+        metavar="N",
+    ),
     click.option("--levels", help="Strides or names, '4,8,16,32'; by default all usual ones.", metavar="LIST"),
     click.option(
         "--encoding",

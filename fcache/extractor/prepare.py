@@ -189,5 +189,7 @@ def _limits(
         limits["semantic_truth_bytes"] = max(MIN_TRUTH_BYTES, 1 << (2 * largest - 1).bit_length())
     if split.instances is not None:
         found = instance_limits([split.instances(s) for s in samples], cut, size, split.role)
-        limits |= {name: max(MIN_INSTANCE_LIMITS[name], 1 << (2 * n - 1).bit_length()) for name, n in found.items()}
+        # Bounds of bytes are several times what images take, so that they leave room as they are.
+        found["instances"] *= 2
+        limits |= {name: max(MIN_INSTANCE_LIMITS[name], 1 << (n - 1).bit_length()) for name, n in found.items()}
     return limits

@@ -99,6 +99,14 @@ def test_a_share_of_the_images_is_a_fixed_list_of_ids(make_coco: MakeJob, coco_s
     assert 0 < len(group.ids) < len(ids)
 
 
+def test_a_share_for_training_and_all_for_tests_go_into_one_cache(make_coco: MakeJob) -> None:
+    extract(make_coco(subset=0.5, splits=("train",)), report=lambda e: None)
+    job = make_coco(splits=("val",))
+    extract(job, report=lambda e: None)
+    groups = {g.split: len(g.ids) for g in open_cache(job.cache).manifest.groups}
+    assert groups == {"train": 4, "val": 5}
+
+
 def test_a_plan_says_what_an_extraction_writes(make_coco: MakeJob) -> None:
     job = make_coco()
     found = plan(job, measure=False)

@@ -14,6 +14,7 @@ from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
 from fcache.cache_spec import LevelSpec, SpecError, unknown_name
+from fcache.extractor.backbones.local import attend_locally, quarter_blocks, takes_local_windows
 from fcache.extractor.backbones.windows import correct_windows, pretrained_windows
 
 SHORT_NAMES: Mapping[str, str] = {
@@ -21,7 +22,11 @@ SHORT_NAMES: Mapping[str, str] = {
     "swinv2-s": "swinv2_small_window8_256.ms_in1k",
     "swinv2-b": "swinv2_base_window12_192.ms_in22k",
     "swinv2-l": "swinv2_large_window12_192.ms_in22k",
+    "vit-b-det": "vit_base_patch16_224.mae",
+    "vit-l-det": "vit_large_patch16_224.mae",
 }
+# The ViT detection paper's windows.
+_SHORT_WINDOWS: Mapping[str, int] = {"vit-b-det": 14, "vit-l-det": 14}
 _PYRAMID_STRIDES = (4, 8, 16, 32)
 
 Size = tuple[int, int]
@@ -45,7 +50,8 @@ class Architecture:
     for every input size. With `per_size` the model is built anew for each input size (an argument `img_size`),
     otherwise one construction, at the native size, serves all. `unused` are the parameters of the full model that no
     feature depends on: final norms and heads. `taps` are in the order of computation; `plain` means that all have the
-    same stride. `data` is timm's preprocessing (mean, std, interpolation, input_size).
+    same stride. `data` is timm's preprocessing (mean, std, interpolation, input_size). With `local_window` a plain ViT
+    attends within windows of so many tokens a side, in all but four blocks.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Architecture:
     taps: tuple[Tap, ...]
     plain: bool
     data: Mapping[str, Any]
+    local_window: int | None = None
 
     @property
     def family(self) -> str:
@@ -80,12 +87,14 @@ def build(architecture: Architecture, size: Size | None) -> nn.Module:
     arguments = dict(architecture.creation)
     if architecture.per_size and size is not None:
         arguments["img_size"] = size
-    return _build(architecture.name, arguments)
+    return _build(architecture.name, arguments, architecture.local_window)
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(name: str, arguments: Mapping[str, Any], local_window: int | None) -> nn.Module:
     model: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     correct_windows(model)
+    if local_window is not None:
+        attend_locally(model, local_window)
     model.prune_intermediate_layers(list(range(len(model.feature_info))), prune_norm=True, prune_head=True)
     return model.eval().requires_grad_(False)
 
@@ -128,9 +137,7 @@ def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tup
     taps = {tap.name: tap for tap in architecture.taps}
     if levels is None:
         if architecture.plain:
-            depth = len(taps)
-            wanted = sorted({max(0, round(depth * quarter / 4) - 1) for quarter in (1, 2, 3, 4)})
-            return tuple(architecture.taps[i] for i in wanted)
+            return tuple(architecture.taps[i] for i in quarter_blocks(len(taps)))
         found = tuple(tap for tap in architecture.taps if tap.stride in _PYRAMID_STRIDES)
         return found or architecture.taps
     if not levels:
@@ -148,11 +155,13 @@ def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tup
 def find_architecture(model: str, window: int | tuple[int, ...] | None = None) -> Architecture:
     """The architecture of a short name (`SHORT_NAMES`) or a timm name, with or without a tag.
 
-    `window` replaces the windows of a windowed transformer: one size in tokens, or one a stage. Raises SpecError for
+    `window` replaces the windows of a windowed transformer: one size in tokens, or one a stage. For a plain ViT it is
+    the window of all blocks but four (see `local`). Raises SpecError for
     an unknown name (with the nearest ones), for a model without intermediate features and for a window that does not
     fit.
     """
     name = _timm_name(model)
+    window = _SHORT_WINDOWS.get(model) if window is None else window
     with torch.device("meta"):
         full: Any = timm.create_model(name, pretrained=False)
     if not hasattr(full, "forward_intermediates") or not hasattr(full, "prune_intermediate_layers"):
@@ -165,9 +174,13 @@ def find_architecture(model: str, window: int | tuple[int, ...] | None = None) -
     dynamic = "dynamic_img_size" in parameters and "window_size" not in parameters
     if dynamic:
         creation["dynamic_img_size"] = True
-    creation |= _window_arguments(full, model, parameters, window)
+    local = window if isinstance(window, int) and dynamic and takes_local_windows(full) else None
+    if local is None:
+        creation |= _window_arguments(full, model, parameters, window)
+    elif local < 1:
+        raise SpecError(f"a window is one positive size; got {window}")
     with torch.device("meta"):
-        used = _build(name, creation)
+        used = _build(name, creation, local)
     data = resolve_model_data_config(full)
     native = tuple(data["input_size"][-2:])
     taps, plain = _find_taps(used, native)
@@ -181,6 +194,7 @@ def find_architecture(model: str, window: int | tuple[int, ...] | None = None) -
         taps=taps,
         plain=plain,
         data=data,
+        local_window=local,
     )
     fixed = "img_size" in parameters and not dynamic and not _takes_other_sizes(used, architecture)
     return replace(architecture, per_size=fixed)

@@ -21,6 +21,8 @@ from fcache.extractor.backbones.architecture import (
     level_specs,
     run_taps,
 )
+from fcache.extractor.backbones.local import PAD_MODE as LOCAL_PAD_MODE
+from fcache.extractor.backbones.local import quarter_blocks
 from fcache.extractor.backbones.weights import State, Weights, adapt, load_weights
 from fcache.extractor.backbones.windows import PAD_MODE, windows_in_use
 
@@ -58,13 +60,14 @@ def load_backbone(
     window: int | Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """The backbone of a short name (swinv2-t, -s, -b, -l) or of any timm name, with its weights on `device`.
+    """The backbone of a short name (`SHORT_NAMES`) or of any timm name, with its weights on `device`.
 
     `weights` is a file (.safetensors, .pth, .pt, .bin), "pretrained" (timm's hub) or "random:SEED". `input_size`
     (height, width) is the usual input; the windows in use there are part of the identity, other canvases are served
     too. `precision` "bf16" computes under autocast, "fp32" strictly (no TF32). `levels` names strides ("4") or blocks
     ("block-5"); None takes strides 4 to 32, or four evenly spaced blocks of a plain ViT. `window` replaces the window
-    sizes, in tokens (one, or one a stage); None keeps the architecture's at every input size.
+    sizes, in tokens (one, or one a stage), or gives a plain ViT windows in all but four blocks; None keeps the
+    architecture's at every input size.
 
     Raises SpecError for an unknown model, level, precision or form of weights and for a size that does not fit,
     DataError for weights that cannot be read or that belong to another architecture.
@@ -203,6 +206,11 @@ def _spec(
         arguments["pad_mode"] = PAD_MODE
     if architecture.plain:
         arguments["prefix_tokens"] = "dropped"
+        if architecture.local_window is not None:
+            arguments["prefix_tokens"] = "dropped before the blocks"
+            arguments["local_window"] = architecture.local_window
+            arguments["global_blocks"] = quarter_blocks(len(architecture.taps))
+            arguments["pad_mode"] = LOCAL_PAD_MODE
         arguments["position_embedding"] = "resampled to the canvas"
     return BackboneSpec(
         name=architecture.family,

@@ -316,4 +316,6 @@ def test_a_short_name_is_its_timm_name() -> None:
         "swinv2-s": "ms_in1k",
         "swinv2-b": "ms_in22k",
         "swinv2-l": "ms_in22k",
+        "vit-b-det": "mae",
+        "vit-l-det": "mae",
     }
