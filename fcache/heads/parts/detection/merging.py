@@ -35,12 +35,12 @@ def _in_image(found: Found, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]
     (scale_x, skew_x, shift_x), (skew_y, scale_y, shift_y) = view.to_image.tolist()
     assert skew_x == skew_y == 0, "views turn nothing"
     scales = torch.tensor([scale_x, scale_y, scale_x, scale_y])
-    corners = found.boxes.float().cpu() * scales + torch.tensor([shift_x, shift_y, shift_x, shift_y])
+    corners = found.boxes.detach().float().cpu() * scales + torch.tensor([shift_x, shift_y, shift_x, shift_y])
     first, second = corners[:, :2], corners[:, 2:]
     boxes = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1)
     mirrored = [axis for axis, scale in ((2, scale_x), (1, scale_y)) if scale < 0]
-    masks = found.masks.float().cpu().flip(mirrored)
-    return clip_boxes_to_image(boxes, view.image_size), found.scores.float().cpu(), found.labels.cpu(), masks
+    masks = found.masks.detach().float().cpu().flip(mirrored)
+    return clip_boxes_to_image(boxes, view.image_size), found.scores.detach().float().cpu(), found.labels.cpu(), masks
 
 
 def pasted(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int, int]:
