@@ -222,3 +222,9 @@ def _seen(things: Sequence[Thing], size: int, stride: int) -> np.ndarray:
             seen[thing.label if channel == 0 else len(CLASSES) + channel - 1][inside] = values[inside]
         seen[-1][inside] = thing.mask(size)[np.ix_(*(np.minimum(places.astype(int), size - 1),) * 2)][inside]
     return seen.astype(np.float32)
+
+
+@pytest.fixture
+def thing() -> type[Thing]:
+    """What pictures with objects are made of."""
+    return Thing
