@@ -1,7 +1,7 @@
 """Where predictions are written: a name for each photo, never the same for two."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,18 @@ def save_png(path: Path, pixels: "np.ndarray") -> None:
     """Writes uint8 pixels [H, W] or [H, W, 3] as a PNG, into a file of another name that takes its place when whole."""
     from PIL import Image
 
+    _save(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG"))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8, into a file of another name that takes its place when whole."""
+    _save(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _save(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        Image.fromarray(pixels).save(partial, format="PNG")
+        write(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fcache.extractor import Job, Photo, PhotoReader
     from fcache.heads import Run, Seen
 
-PRODUCTS = ("overlay", "labels", "probabilities")
+# What can be written, by task.
+PRODUCTS = {"semantic": ("overlay", "labels", "probabilities"), "detection": ("overlay", "instances")}
 UNREADABLE = 3
 
 
@@ -24,12 +25,14 @@ Examples:
   fcache predict runs/linear-seed0 photos --out overlays --batch-size 8
   fcache predict runs/upernet-seed0 photos --save labels,probabilities
   fcache predict runs/upernet-seed0 photo.jpg --tta ms-flip --weights mobilenet.safetensors
+  fcache predict runs/maskrcnn-seed0 photos --save overlay,instances --min-score 0.3
 
 \b
-Of label maps, files are written and their paths printed, one a line:
-  overlay        PHOTO-RUN.png                 the photo with classes and legend
+Of label maps and detections, files are written and their paths printed, one a line:
+  overlay        PHOTO-RUN.png                 the photo with classes, or boxes and masks; a legend
   labels         PHOTO-RUN.labels.png          8-bit class indices, 255 classes at most
   probabilities  PHOTO-RUN.probabilities.npy   float16 [class, row, column]
+  instances      PHOTO-RUN.instances.json      all detections as COCO's results have them
 RUN.classes.json names the classes. Sizes are the photo's, its orientation applied. Below a folder
 all photos are taken, in folders of --out like their own. Classes of whole photos are printed
 with their probabilities, best first. A photo that cannot be read is named, the others go on, and
@@ -40,7 +43,15 @@ the exit status is 3.
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @click.option("--weights", help="The backbone's weights, if they have moved since extraction.", metavar="FILE")
 @click.option("--out", default="predictions", show_default=True, help="Folder for what is written.", metavar="DIR")
-@click.option("--save", help="What is written: overlay [default], labels, probabilities.", metavar="LIST")
+@click.option("--save", help="What is written: overlay [default], labels, probabilities; instances.", metavar="LIST")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Detections of a lower score are not drawn.",
+    metavar="X",
+)
 @tta_option
 @click.option(
     "--batch-size",
@@ -57,6 +68,7 @@ def command(
     weights: str | None,
     out: str,
     save: str | None,
+    min_score: float,
     tta: str | None,
     batch_size: int,
     device: str | None,
@@ -89,7 +101,7 @@ def command(
             for photo, seen in zip(
                 item.photos, see(head, view_batches([head], item.views, device=device)), strict=True
             ):
-                show(trained_on, photo, seen, Path(out) / names[photo.path], products)
+                show(trained_on, photo, seen, Path(out) / names[photo.path], products, min_score=min_score)
             done += len(item.photos)
             progress.show(f"predict  {rate(done, len(names) - failed, time.monotonic() - started, 'photos')}")
     if done and products - {"overlay"}:
@@ -106,13 +118,14 @@ def parse_products(text: str | None, run: "Run") -> frozenset[str]:
     from fcache.cli.job import words
 
     chosen = words(text) if text is not None else ("overlay",)
+    if text is not None and run.task not in PRODUCTS:
+        raise SpecError(f"--save is for label maps and detections; heads of task {run.task!r} print classes")
+    known = PRODUCTS.get(run.task, ("overlay",))
     for name in chosen:
-        if name not in PRODUCTS:
-            raise unknown_name("product", name, PRODUCTS)
+        if name not in known:
+            raise unknown_name(f"product of task {run.task!r}:", name, known)
     if not chosen:
-        raise SpecError(f"--save names one or more of {', '.join(PRODUCTS)}")
-    if text is not None and run.task != "semantic":
-        raise SpecError(f"--save is for label maps; heads of task {run.task!r} print classes")
+        raise SpecError(f"--save names one or more of {', '.join(known)}")
     return frozenset(chosen)
 
 
@@ -137,31 +150,61 @@ def open_reader(run: "Run", job: "Job") -> "PhotoReader":
     return reader
 
 
-def show(run: "Run", photo: "Photo", seen: "Seen", stem: Path, products: frozenset[str]) -> None:
+def show(
+    run: "Run", photo: "Photo", seen: "Seen", stem: Path, products: frozenset[str], *, min_score: float = 0.5
+) -> None:
     """Write what was asked for and print the paths, or print the best classes. `stem` is a path without ending."""
-    if run.task != "semantic":
+    if run.task not in PRODUCTS:
         show_classes(run, photo, seen)
         return
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    base = stem.with_name(f"{stem.name}-{run.folder.name}")
+    if run.task == "detection":
+        written = save_detections(run, photo, seen, base, products, min_score=min_score)
+    else:
+        written = save_labels(run, photo, seen, base, products)
+    for path in written:
+        click.echo(str(path))
+
+
+def save_labels(run: "Run", photo: "Photo", seen: "Seen", base: Path, products: frozenset[str]) -> list[Path]:
+    """Writes what a semantic head says about a photo; returns the paths, which are `base` with endings."""
     from fcache.cli.outputs import save_png
     from fcache.heads import overlay, save_probabilities
 
     target = run.targets[0]
-    base = f"{stem.name}-{run.folder.name}"
     written: list[Path] = []
-    stem.parent.mkdir(parents=True, exist_ok=True)
     if products & {"overlay", "labels"}:
         labels = seen.merged().numpy()
         if "overlay" in products:
-            written.append(stem.with_name(f"{base}.png"))
+            written.append(base.with_name(f"{base.name}.png"))
             save_png(written[-1], overlay(photo.image, labels, target.palette, target.class_names))
         if "labels" in products:
-            written.append(stem.with_name(f"{base}.labels.png"))
+            written.append(base.with_name(f"{base.name}.labels.png"))
             save_png(written[-1], labels)
     if "probabilities" in products:
-        written.append(stem.with_name(f"{base}.probabilities.npy"))
+        written.append(base.with_name(f"{base.name}.probabilities.npy"))
         save_probabilities(written[-1], seen)
-    for path in written:
-        click.echo(str(path))
+    return written
+
+
+def save_detections(
+    run: "Run", photo: "Photo", seen: "Seen", base: Path, products: frozenset[str], *, min_score: float
+) -> list[Path]:
+    """Writes what a detector finds in a photo; returns the paths, which are `base` with endings."""
+    from fcache.cli.outputs import save_png, save_text
+    from fcache.heads import detections_json, draw_detections
+
+    target = run.inputs.target("instances")
+    found = seen.merged()
+    written: list[Path] = []
+    if "overlay" in products:
+        written.append(base.with_name(f"{base.name}.png"))
+        save_png(written[-1], draw_detections(photo.image, found, target, min_score=min_score))
+    if "instances" in products:
+        written.append(base.with_name(f"{base.name}.instances.json"))
+        save_text(written[-1], json.dumps(detections_json(found, target), indent=1) + "\n")
+    return written
 
 
 def show_classes(run: "Run", photo: "Photo", seen: "Seen") -> None:

@@ -21,6 +21,7 @@ class Prediction:
     """What a head says about one sample: `value` as its task has it, on the CPU.
 
     `semantic`: a label map, uint8 [H, W] at original size. `classification`: logits [K, C] of its K classifiers.
+    `detection`: `Detections`.
     """
 
     id: str
@@ -94,19 +95,29 @@ def overlay(
     counts = np.bincount(labels[known], minlength=len(colours))
     present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
     lines = [f"{class_names[k]}  {100 * counts[k] / labels.size:.1f} %" for k in present]
-    size = max(11, min(18, image.shape[0] // 20))
-    font = ImageFont.load_default(size=size)
-    step = size + 6
-    width = max((int(font.getlength(line)) for line in lines), default=0) + step + 18
-    canvas = Image.new("RGB", (image.shape[1] + width, max(image.shape[0], step * len(lines) + 12)), "white")
+    return with_legend(picture, [(colours[k], line) for k, line in zip(present, lines, strict=True)])
+
+
+def with_legend(picture: Image.Image, lines: Sequence[tuple[Sequence[float], str]]) -> np.ndarray:
+    """A picture with a legend at its right, lines of a colour and a text: uint8 [max(H, legend), W + legend, 3]."""
+    font = legend_font(picture.height)
+    step = round(font.size) + 6
+    width = max((int(font.getlength(line)) for _, line in lines), default=0) + step + 18
+    canvas = Image.new("RGB", (picture.width + width, max(picture.height, step * len(lines) + 12)), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for row, (k, line) in enumerate(zip(present, lines, strict=True)):
-        x, y = image.shape[1] + 6, 6 + row * step
-        colour = tuple(int(c) for c in colours[k])
-        draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
+    for row, (colour, line) in enumerate(lines):
+        x, y = picture.width + 6, 6 + row * step
+        draw.rectangle((x, y, x + step - 6, y + step - 6), fill=tuple(int(c) for c in colour), outline="black")
         draw.text((x + step, y), line, fill="black", font=font)
     return np.asarray(canvas)
+
+
+def legend_font(height: int) -> ImageFont.FreeTypeFont:
+    """The font of what is written on and beside a picture of this height."""
+    font = ImageFont.load_default(size=max(11, min(18, height // 20)))
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow has FreeType"
+    return font
 
 
 def default_palette(count: int) -> list[tuple[int, int, int]]:

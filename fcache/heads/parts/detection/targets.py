@@ -1,16 +1,14 @@
 """The objects of a view, as the losses of detectors read them from a batch."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_masks
 from torch import Tensor
 
 from fcache.cache_spec.targets import unpack_masks
 from fcache.heads.batches import Batch
+from fcache.heads.detections import decode_masks
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,8 @@ class Objects:
         """The masks of some objects, uint8 [H, W] of the canvas each."""
         new = [i for i in dict.fromkeys(indices) if i not in self.decoded]
         if new:
-            size = list(self.canvas)
-            with warnings.catch_warnings():
-                # pycocotools asks numpy for an array in a way that numpy has given up.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                found = coco_masks.decode([{"size": size, "counts": self.encoded[i]} for i in new])
-            stacked = torch.from_numpy(np.ascontiguousarray(found.transpose(2, 0, 1))).to(self.boxes.device)
+            masks = decode_masks([self.encoded[i] for i in new], self.canvas)
+            stacked = torch.from_numpy(masks).to(self.boxes.device)
             self.decoded.update(zip(new, stacked.unbind(), strict=True))
         return [self.decoded[i] for i in indices]
 
