@@ -50,6 +50,18 @@ def _clip(limits: Limits, canvas: tuple[int, int], role: str) -> tuple[ArraySpec
 
 
 def _instances(limits: Limits, canvas: tuple[int, int], role: str) -> tuple[ArraySpec, ...]:
+    """One entry for every annotated object that the view shows, crowds included, in the order of the source.
+
+    An object is left out if less than one pixel of its mask, or less than one pixel of its box's width or height, lies
+    in the view. Boxes are (x0, y0, x1, y1) in pixels of the view: the annotated box mapped by `View.to_view` and
+    clipped to the valid part, so it is tight round the mask only as far as the annotation is. Labels count from 0 in
+    the order of `TargetSpec.class_names`; `area` is that of the mask in the view; ids are the source's. Masks are
+    compressed run lengths of COCO at the canvas's size.
+
+    The ground truth is UTF-8 JSON, {"image": {"id", "height", "width"}, "annotations": [{"id", "image_id",
+    "category_id", "bbox", "area", "iscrowd", "segmentation": {"size", "counts"}}, …]}: all annotations of the image at
+    its original size, those that the view does not show too; category ids are those of `TargetSpec.conversion`.
+    """
     m = limits["instances"]
     arrays = (
         _ragged("instances/boxes", "float32", (m, 4)),

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     click.option("--model", required=True, help="swinv2-t, -s, -b, -l, or any timm name.", metavar="NAME"),
-    click.option("--dataset", required=True, help="How the data are laid out: ade20k, imagefolder.", metavar="NAME"),
+    click.option(
+        "--dataset", required=True, help="How the data are laid out: ade20k, coco, imagefolder.", metavar="NAME"
+    ),
     click.option("--data-root", help="The data. By default $FCACHE_DATA/<dataset>.", metavar="DIR"),
     click.option(
         "--weights",
@@ -26,7 +28,8 @@ OPTIONS = (
     click.option("--views", type=int, help="Views of each training sample [1].", metavar="K"),
     click.option(
         "--view-recipe",
-        help="ade20k, ade20k-small, imagenet, mim-classification or plain; by default the dataset's usual one.",
+        help="ade20k, ade20k-small, coco-lsj, coco-small, vit-det, imagenet, mim-classification or plain; by default "
+        "the dataset's usual one.",
         metavar="NAME",
     ),
     click.option("--input-size", type=int, nargs=2, help="Input height and width of views.", metavar="H W"),
@@ -40,7 +43,11 @@ OPTIONS = (
     click.option("--compression", help="none [default] or zstd.", metavar="NAME"),
     click.option("--precision", help="Of the backbone: bf16 [default] or fp32.", metavar="NAME"),
     click.option("--split", help="Which splits [train,val].", metavar="LIST"),
-    click.option("--subset", help="A fixed share of the samples, '1%'.", metavar="SHARE"),
+    click.option(
+        "--subset",
+        help="A fixed share of the samples of each split, '1%' or '10%': always the same ones.",
+        metavar="SHARE",
+    ),
     click.option("--limit", type=int, help="Only the first samples of each split.", metavar="N"),
     click.option("--shard-records", type=int, help="Records of a shard, for a new cache.", metavar="N"),
     click.option("--batch-size", type=int, help="Images in one forward pass, for a new cache.", metavar="N"),

@@ -12,14 +12,16 @@ from fcache.cache_spec.names import Names
 from fcache.cache_spec.storage.protocol import open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.extractor.backbones import Backbone, load_backbone
-from fcache.extractor.datasets import DatasetSplit, open_split
+from fcache.extractor.datasets import DatasetSplit, Sample, open_split
 from fcache.extractor.decoding import Decoder
 from fcache.extractor.job import Job
 from fcache.extractor.views import (
+    Cut,
     ViewRecipe,
     canvas,
     default_recipe,
     find_view_recipe,
+    instance_limits,
     truth_bytes_limit,
     with_input_size,
 )
@@ -27,6 +29,7 @@ from fcache.extractor.views import (
 # An evaluation sample whose header cannot be read has no size; it waits, quarantined, in this image's bucket.
 UNKNOWN_SIZE = (256, 256)
 MIN_TRUTH_BYTES = 1 << 20
+MIN_INSTANCE_LIMITS = {"instances": 128, "instances_rle_bytes": 1 << 16, "instances_truth_bytes": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
                 views=(job.views or recipe.views) if training else 1,
                 extents=(),
                 compression=job.compression,
-                limits=_limits(split, [sizes[i] for i in indices]),
+                limits=_limits(split, cut, size, [samples[i] for i in indices], [sizes[i] for i in indices]),
             )
         )
     return groups
@@ -176,9 +179,15 @@ def image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[int
         return list(pool.map(size, samples))
 
 
-def _limits(split: DatasetSplit, sizes: list[tuple[int, int]]) -> dict[str, int]:
+def _limits(
+    split: DatasetSplit, cut: Cut, size: tuple[int, int], samples: list[Sample], sizes: list[tuple[int, int]]
+) -> dict[str, int]:
     """Maxima of ragged targets. Padding costs almost nothing on disk, so room is left for samples that come later."""
+    limits: dict[str, int] = {}
     if split.role == "evaluation" and any(t.kind == "semantic" for t in split.targets):
         largest = max(truth_bytes_limit(size) for size in sizes)
-        return {"semantic_truth_bytes": max(MIN_TRUTH_BYTES, 1 << (2 * largest - 1).bit_length())}
-    return {}
+        limits["semantic_truth_bytes"] = max(MIN_TRUTH_BYTES, 1 << (2 * largest - 1).bit_length())
+    if split.instances is not None:
+        found = instance_limits([split.instances(s) for s in samples], cut, size, split.role)
+        limits |= {name: max(MIN_INSTANCE_LIMITS[name], 1 << (2 * n - 1).bit_length()) for name, n in found.items()}
+    return limits

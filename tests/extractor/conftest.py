@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fcache.extractor import Job
-from fcache.extractor.scenes import write_scenes
+from fcache.extractor.scenes import write_coco_scenes, write_scenes
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 training and 4 validation scenes of 64x80 pixels; nothing may be written there."""
     root = tmp_path_factory.mktemp("scenes") / "data"
     write_scenes(root, train=10, val=4, size=(64, 80))
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 training and 5 validation scenes of 64x80 pixels in COCO's layout; nothing may be written there."""
+    root = tmp_path_factory.mktemp("scenes") / "coco"
+    write_coco_scenes(root, train=8, val=5, size=(64, 80))
     return root
 
 

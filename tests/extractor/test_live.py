@@ -35,6 +35,29 @@ def test_an_fp32_cache_equals_the_live_source_bit_for_bit(make_job: MakeJob, mod
                         np.testing.assert_array_equal(x, y)
 
 
+def test_cached_objects_equal_the_live_ones_bit_for_bit(make_job: MakeJob, coco_scenes: Path) -> None:
+    job = make_job(dataset="coco", root=coco_scenes, view_recipe="coco-small", encoding="fp32", shard_records=4)
+    extract(job, report=lambda e: None)
+    names = set()
+    for split in job.splits:
+        options = StreamConfig(batch_size=2, order="sequential", kinds=("instances",))
+        cached = open_source(open_cache(job.cache), split, options)
+        live = open_live(job, split, batch_size=2, order="sequential")
+        assert cached.info.target("instances") == live.info.target("instances")
+        for epoch in range(2):
+            for a, b in zip(cached.blocks(epoch), live.blocks(epoch), strict=True):
+                assert (a.ids, a.views) == (b.ids, b.views)
+                assert set(a.targets) == set(b.targets)
+                for path, values in b.targets.items():
+                    names.add(path)
+                    for x, y in zip(a.targets[path], values, strict=True):
+                        assert x.dtype == y.dtype
+                        np.testing.assert_array_equal(x, y)
+                for level in b.levels:
+                    assert torch.equal(torch.from_numpy(a.levels[level].decode(np)), b.levels[level].decode(torch))
+    assert len(names) == 8
+
+
 @pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8"])
 def test_a_coded_cache_equals_the_live_source_within_the_stated_error(make_job: MakeJob, encoding: str) -> None:
     job = make_job(encoding=encoding, limit=4, shard_records=4)

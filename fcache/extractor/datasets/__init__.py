@@ -14,6 +14,7 @@ from pathlib import Path
 from fcache.cache_spec.errors import DataError, unknown_name
 from fcache.extractor.datasets.dataset import Dataset as Dataset
 from fcache.extractor.datasets.dataset import DatasetSplit as DatasetSplit
+from fcache.extractor.datasets.dataset import Instances as Instances
 from fcache.extractor.datasets.dataset import RawSample as RawSample
 from fcache.extractor.datasets.dataset import Sample as Sample
 from fcache.extractor.datasets.dataset import check_folder, some

@@ -11,6 +11,7 @@ import numpy as np
 
 from fcache.cache_spec.errors import DataError
 from fcache.cache_spec.spec import TargetSpec
+from fcache.extractor.coco import Bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,8 @@ class Sample:
     """One sample of a split.
 
     `id` is opaque and unique in its split; `path` is the image's, relative to the data root, with forward slashes;
-    `annotation` is JSON data that the dataset's own loader understands; `digest` (16 hex digits) stands for id,
-    paths and file sizes.
+    `annotation` is plain data that the dataset's own loader understands; decoding processes get that of all samples,
+    so what is large stays in its file. `digest` (16 hex digits) stands for id, paths and file sizes.
     """
 
     id: str
@@ -29,10 +30,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Instances:
+    """The objects of an image of `size` (height, width), N of them.
+
+    `boxes` float64 [N, 4] as (x0, y0, x1, y1) in pixels; `labels` int32 [N], class indices; `crowd` uint8 [N]; `ids`
+    int64 [N] of the annotations; `masks` are compressed run lengths of COCO at the image's size. `record` is the ground
+    truth as JSON data: what the source says of the image and its annotations.
+    """
+
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    ids: np.ndarray
+    masks: tuple[bytes, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class RawSample:
     """A decoded sample: uint8 RGB `image` [H, W, 3] and targets by kind, at the image's size.
 
-    "semantic" is uint8 [H, W] of class indices, 255 where nothing counts; "class" is an int.
+    "semantic" is uint8 [H, W] of class indices, 255 where nothing counts; "class" is an int; "instances" are
+    `Instances`.
     """
 
     image: np.ndarray
@@ -45,7 +65,8 @@ class DatasetSplit:
 
     `role` is "training" or "evaluation". `load(root, sample)` decodes one sample; it raises OSError where a read failed
     and may be tried again, DataError where the sample itself is bad. `image_size(root, sample)` is the
-    (height, width) that `load` would give, read from headers only; same errors.
+    (height, width) that `load` would give, read from headers only; same errors. `instances(sample)` bounds what the
+    instances of a sample take, where there are such targets.
     """
 
     dataset: str
@@ -56,6 +77,7 @@ class DatasetSplit:
     targets: tuple[TargetSpec, ...]
     load: Callable[[Path, Sample], RawSample]
     image_size: Callable[[Path, Sample], tuple[int, int]]
+    instances: Callable[[Sample], Bounds] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Synthetic scenes: textured figures of ten classes, described as data, rendered with every annotation."""
 
+from fcache.extractor.scenes.cocofiles import write_coco_scenes as write_coco_scenes
 from fcache.extractor.scenes.files import write_scenes as write_scenes
 from fcache.extractor.scenes.render import Rendered as Rendered
 from fcache.extractor.scenes.render import render as render

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,7 @@ def write_scenes(root: Path, *, train: int, val: int, size: tuple[int, int], see
     Equal arguments give equal bytes; a picture does not depend on how many others there are. Nothing is at `root` until
     all is written. Raises SpecError if `root` holds something already or a number makes no sense.
     """
-    if train < 1 or val < 1 or min(size) < 16:
-        raise SpecError(f"scenes need at least 1 photo a split and 16 pixels a side, got {train}, {val} and {size}")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise SpecError(f"{root}: expected a new or empty folder for the scenes, found something there; name another")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.parent / f".{root.name}.{os.getpid()}.partial"
-    try:
+    with new_scenes(root, train=train, val=val, size=size) as partial:
         pixels = np.zeros(len(CLASSES))
         seen: dict[str, np.ndarray] = {}
         for folder, count in (("training", train), ("validation", val)):
@@ -42,6 +38,22 @@ def write_scenes(root: Path, *, train: int, val: int, size: tuple[int, int], see
             share = pixels[i] / pixels.sum()
             lines.append(f"{i + 1}\t{share:.4f}\t{seen['training'][i]}\t{seen['validation'][i]}\t{name}")
         (partial / f"objectInfo{len(CLASSES)}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_scenes(root: Path, *, train: int, val: int, size: tuple[int, int]) -> Generator[Path]:
+    """A folder beside `root` that becomes `root` at the end, or nothing after an error.
+
+    Raises SpecError if `root` holds something already or a number makes no sense.
+    """
+    if train < 1 or val < 1 or min(size) < 16:
+        raise SpecError(f"scenes need at least 1 photo a split and 16 pixels a side, got {train}, {val} and {size}")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise SpecError(f"{root}: expected a new or empty folder for the scenes, found something there; name another")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = root.parent / f".{root.name}.{os.getpid()}.partial"
+    try:
+        yield partial
         partial.rename(root)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,11 +1,13 @@
 """Views: seeded, recorded and replayable cuts of images, with the same geometry for pixels and targets."""
 
+from fcache.extractor.views.drawn import Drawn as Drawn
 from fcache.extractor.views.frames import CentreCrop as CentreCrop
 from fcache.extractor.views.frames import Fit as Fit
 from fcache.extractor.views.frames import Frame as Frame
 from fcache.extractor.views.frames import KeepRatio as KeepRatio
 from fcache.extractor.views.frames import ResizedCrop as ResizedCrop
 from fcache.extractor.views.frames import ScaleCrop as ScaleCrop
+from fcache.extractor.views.instances import instance_limits as instance_limits
 from fcache.extractor.views.looks import ColourJitter as ColourJitter
 from fcache.extractor.views.looks import Erasing as Erasing
 from fcache.extractor.views.looks import PhotometricDistortion as PhotometricDistortion
@@ -24,7 +26,6 @@ from fcache.extractor.views.tta import PlannedView as PlannedView
 from fcache.extractor.views.tta import cut_views as cut_views
 from fcache.extractor.views.tta import parse_tta as parse_tta
 from fcache.extractor.views.tta import plan_views as plan_views
-from fcache.extractor.views.viewed import Drawn as Drawn
 from fcache.extractor.views.viewed import ViewedSample as ViewedSample
 from fcache.extractor.views.viewed import apply_view as apply_view
 from fcache.extractor.views.viewed import cut_view as cut_view

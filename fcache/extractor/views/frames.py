@@ -161,6 +161,15 @@ def scaled_placement(place: Placement, factor: float) -> Placement:
     )
 
 
+def largest_scale(place: Placement, image_size: Size) -> float:
+    """At most how many columns of a view a column of an image of (height, width) becomes, on average."""
+    if isinstance(place, ResizedCrop):
+        return float(place.size[1])
+    if isinstance(place, ScaleCrop):
+        place = KeepRatio(long=math.ceil(place.long * place.scale[1]), short=math.ceil(place.short * place.scale[1]))
+    return draw_frame(place, image_size, np.zeros(1)).resized[1] / image_size[1]
+
+
 def check_placement(place: Placement) -> None:
     """Raises SpecError if a number of the placement makes no sense."""
     name = type(place).__name__

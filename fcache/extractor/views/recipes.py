@@ -65,6 +65,11 @@ def _segmentation(name: str, side: int, views: int) -> ViewRecipe:
     )
 
 
+def _jitter(side: int, *, scale: tuple[float, float] = (0.1, 2.0)) -> Cut:
+    """Large-scale jitter: the picture scaled to fit `side` times a random factor, cut or padded to `side`, flipped."""
+    return Cut(ScaleCrop(size=(side, side), long=side, short=side, scale=scale, flip=0.5))
+
+
 _RANDOM_BOX = ResizedCrop(size=(224, 224), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
 _CENTRE = CentreCrop(size=(224, 224), short=256)
 _WHOLE = Fit(size=(512, 512))
@@ -84,6 +89,12 @@ _RECIPES: Mapping[str, ViewRecipe] = {
             Cut(_CENTRE),
             views=8,
         ),
+        # The frozen paper, Table 11: large-scale jitter, test at (1333, 800).
+        ViewRecipe("coco-lsj", _jitter(1024), Cut(KeepRatio(long=1333, short=800)), views=4),
+        # "Benchmarking Detection Transfer Learning with Vision Transformers": the same, test padded to the input.
+        ViewRecipe("vit-det", _jitter(1024), Cut(Fit(size=(1024, 1024))), views=4),
+        # The same at a sixteenth of the pixels, for machines without an accelerator; a tenth of 256 shows nothing.
+        ViewRecipe("coco-small", _jitter(256, scale=(0.5, 2.0)), Cut(KeepRatio(long=256, short=256)), views=4),
         ViewRecipe("plain", Cut(_WHOLE), Cut(_WHOLE), views=1),
     )
 }

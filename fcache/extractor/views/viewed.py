@@ -11,27 +11,16 @@ from torch import Tensor
 
 from fcache.cache_spec.errors import DataError, unknown_name
 from fcache.cache_spec.targets import IGNORE
-from fcache.cache_spec.view import View, invert_affine, transform_points
+from fcache.cache_spec.view import View
 from fcache.extractor.datasets import RawSample
-from fcache.extractor.views.draws import Step, uniforms
-from fcache.extractor.views.frames import Frame, draw_frame
+from fcache.extractor.views.drawn import Drawn
+from fcache.extractor.views.draws import uniforms
+from fcache.extractor.views.frames import draw_frame
+from fcache.extractor.views.instances import view_instances
 from fcache.extractor.views.looks import draw_steps
+from fcache.extractor.views.nearest import nearest
 from fcache.extractor.views.recipes import Cut, Size
-from fcache.extractor.views.steps import apply_steps, show, steps_matrix
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """All that chance decided about one view; `apply_view` replays it. Plain data: `cache_spec.to_json` takes it."""
-
-    frame: Frame
-    steps: tuple[Step, ...]
-
-    @property
-    def matrix(self) -> np.ndarray:
-        """The map from image points to view points, float64 [2, 3]."""
-        moved = steps_matrix(self.steps)
-        return self.frame.matrix if moved is None else moved @ np.vstack([self.frame.matrix, [0.0, 0.0, 1.0]])
+from fcache.extractor.views.steps import apply_steps, show
 
 
 @dataclass(frozen=True)
@@ -107,7 +96,7 @@ def truth_bytes_limit(image_size: Size) -> int:
 
 def _semantic(labels: np.ndarray, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.ndarray]:
     padded = np.full(canvas, IGNORE, dtype=np.uint8)
-    padded[: drawn.frame.valid[0], : drawn.frame.valid[1]] = _nearest(labels, drawn, fill=IGNORE)
+    padded[: drawn.frame.valid[0], : drawn.frame.valid[1]] = nearest(labels, drawn, fill=IGNORE)
     return {"semantic/map": padded} | ({"semantic/truth": _png(labels)} if role == "evaluation" else {})
 
 
@@ -118,38 +107,8 @@ def _class(label: int, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.nd
 _TARGETS: Mapping[str, Callable[[Any, Drawn, Size, str], dict[str, np.ndarray]]] = {
     "semantic": _semantic,
     "class": _class,
+    "instances": view_instances,
 }
-
-
-def _nearest(labels: np.ndarray, drawn: Drawn, *, fill: int) -> np.ndarray:
-    """`labels` [H, W] at the image point of every pixel centre of the view, [*valid]; `fill` where there is none."""
-    frame = drawn.frame
-    warps = [np.reshape(step.values, (2, 3)) for step in drawn.steps if step.name == "warp"]
-    if not warps:
-        shown = labels[np.ix_(_indices(frame, 0), _indices(frame, 1))]
-        return shown[:, ::-1] if frame.flipped else shown
-    y, x = np.mgrid[: frame.valid[0], : frame.valid[1]] + 0.5
-    points = np.stack([x, y], axis=-1)
-    inside = np.ones(frame.valid, dtype=bool)
-    for warp in reversed(warps):
-        # What one warp moves out of the picture is gone, even if the next one moves back.
-        points = transform_points(invert_affine(warp), points)
-        inside &= ((points >= 0) & (points < frame.valid[::-1])).all(axis=-1)
-    points = transform_points(invert_affine(frame.matrix), points)
-    column, row = np.floor(points + _TIE).astype(np.int64).transpose(2, 0, 1)
-    return np.where(inside, labels[row.clip(0, labels.shape[0] - 1), column.clip(0, labels.shape[1] - 1)], fill)
-
-
-# A centre that falls on the border of two pixels must not depend on the last bit of a division.
-_TIE = 1e-7
-
-
-def _indices(frame: Frame, axis: int) -> np.ndarray:
-    """The image row (axis 0) or column (axis 1) nearest to each one of the frame, not mirrored."""
-    start, length = frame.source[axis], frame.source[axis + 2]
-    first, count = frame.window[axis], frame.window[axis + 2]
-    centres = (np.arange(first, first + count) + 0.5) * (length / frame.resized[axis])
-    return start + np.floor(centres + _TIE).astype(np.int64).clip(0, length - 1)
 
 
 def _png(labels: np.ndarray) -> np.ndarray:

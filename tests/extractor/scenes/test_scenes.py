@@ -1,14 +1,16 @@
 """Synthetic scenes: real files, equal bytes for equal seeds, annotations that agree with each other."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fcache.cache_spec import SpecError
+from fcache.extractor.coco import decode_mask
 from fcache.extractor.datasets import open_split
-from fcache.extractor.scenes import CLASSES, make_scene, render, write_scenes
+from fcache.extractor.scenes import CLASSES, make_scene, render, write_coco_scenes, write_scenes
 
 
 def files(root: Path) -> dict[str, str]:
@@ -99,6 +101,39 @@ def test_nearer_things_hide_farther_ones() -> None:
             hidden += len(covering)
             assert all(scene.things[j - 1].position[2] <= scene.things[i].position[2] for j in np.unique(covering))
     assert hidden > 1000
+
+
+def test_scenes_open_as_coco_with_every_figure_that_is_seen(tmp_path: Path) -> None:
+    write_coco_scenes(tmp_path / "a", train=6, val=3, size=(64, 96), seed=1)
+    train, val = (open_split("coco", tmp_path / "a", s) for s in ("train", "val"))
+    assert (len(train.samples), len(val.samples)) == (6, 3)
+    assert train.targets == val.targets
+    assert train.targets[0].class_names == CLASSES[3:]
+    objects = 0
+    for i, sample in enumerate(val.samples):
+        raw = val.load(val.root, sample)
+        found, truth = raw.targets["instances"], render(make_scene(1, -1 - i, size=(64, 96)))
+        figures = np.flatnonzero((truth.labels >= 3) & (truth.visible >= 16))
+        objects += len(figures)
+        np.testing.assert_array_equal(found.boxes, truth.boxes[figures])
+        np.testing.assert_array_equal(found.labels, truth.labels[figures] - 3)
+        for j, k in enumerate(figures):
+            np.testing.assert_array_equal(decode_mask(found.masks[j], found.size), truth.instances == k + 1)
+            assert found.record["annotations"][j]["area"] == truth.visible[k]
+        assert np.abs(raw.image.astype(int) - truth.image).mean() < 8, "JPEG changes the photo a little"
+    assert objects > 8
+    write_coco_scenes(tmp_path / "b", train=6, val=3, size=(64, 96), seed=1)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    # More photos, or another layout, never shift those that are there.
+    write_coco_scenes(tmp_path / "c", train=8, val=1, size=(64, 96), seed=1)
+    write_scenes(tmp_path / "d", train=1, val=1, size=(64, 96), seed=1)
+    a, c, d = files(tmp_path / "a"), files(tmp_path / "c"), files(tmp_path / "d")
+    assert all(c[name] == digest for name, digest in a.items() if name.startswith("train2017"))
+    assert a["train2017/000000000001.jpg"] == d["images/training/scene_training_000000.jpg"]
+    first, more = (json.loads((tmp_path / n / "annotations/instances_train2017.json").read_text()) for n in "ac")
+    assert more["annotations"][: len(first["annotations"])] == first["annotations"]
+    with pytest.raises(SpecError, match="expected a new or empty folder"):
+        write_coco_scenes(tmp_path / "a", train=1, val=1, size=(64, 96))
 
 
 def _only(scene, index: int):

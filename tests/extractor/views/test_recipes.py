@@ -56,6 +56,24 @@ def test_the_classification_recipe_is_table_7_of_the_mim_paper() -> None:
     assert looks["erasing"]["probability"] == 0.25
 
 
+def test_the_detection_recipes_are_those_of_the_papers() -> None:
+    recipe = find_view_recipe("coco-lsj")
+    jitter = Cut(ScaleCrop(size=(1024, 1024), long=1024, short=1024, scale=(0.1, 2.0), flip=0.5))
+    assert recipe.training == jitter
+    assert recipe.evaluation == Cut(KeepRatio(long=1333, short=800))
+    assert canvas(recipe.evaluation, (480, 640)) == (800, 1088)
+    assert canvas(recipe.evaluation, (640, 427)) == (1216, 800)
+    # "Benchmarking Detection Transfer Learning with Vision Transformers" pads in tests too.
+    assert find_view_recipe("vit-det").training == jitter
+    assert canvas(find_view_recipe("vit-det").evaluation, (480, 640)) == (1024, 1024)
+    small = find_view_recipe("coco-small")
+    assert canvas(small.training, (480, 640)) == (256, 256)
+    assert max(canvas(small.evaluation, (480, 640))) == 256
+    assert with_input_size(small, (64, 64)).training.place == ScaleCrop(
+        size=(64, 64), long=64, short=64, scale=(0.5, 2.0), flip=0.5
+    )
+
+
 @pytest.mark.parametrize("name", view_recipe_names())
 def test_every_cut_survives_json_with_its_digest(name: str) -> None:
     recipe = find_view_recipe(name)
