@@ -35,5 +35,5 @@ def decode_masks(encoded: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
     with warnings.catch_warnings():
         # pycocotools asks numpy for an array in a way that numpy has given up.
         warnings.simplefilter("ignore", DeprecationWarning)
-        masks = coco_masks.decode([{"size": list(size), "counts": counts} for counts in encoded])
+        masks = coco_masks.decode([{"size": list(size), "counts": counts} for counts in encoded])  # type: ignore[arg-type]
     return np.ascontiguousarray(masks.transpose(2, 0, 1))

@@ -49,8 +49,8 @@ def draw_detections(
 def detections_json(found: Detections, spec: TargetSpec) -> list[Mapping[str, Any]]:
     """Detections as COCO's results have them: one object each, best first, with the name of its class.
 
-    `bbox` is x, y, width, height in pixels of the image; `segmentation` a compressed RLE. `category_id` is the dataset's
-    own, or the number of the class from 1 on where it has none.
+    `bbox` is x, y, width, height in pixels of the image; `segmentation` a compressed RLE. `category_id` is that of the
+    dataset, or the number of the class from 1 on where it has none.
     """
     ids: Sequence[Any] = spec.conversion.get("category_ids", range(1, len(spec.class_names) + 1))
     size = list(found.size)

@@ -208,7 +208,7 @@ def objects() -> Callable[..., MemorySource]:
 
 
 def _seen(things: Sequence[Thing], size: int, stride: int) -> np.ndarray:
-    """float32 [C, size / stride, size / stride]: one channel a class, then the distances to the four edges, and noise."""
+    """float32 [C, size / stride, size / stride]: a channel a class, distances to the four edges, the mask; noise."""
     side = -(-size // stride)
     seen = 0.05 * np.random.default_rng(len(things)).normal(size=(len(CLASSES) + 5, side, side))
     places = (np.arange(side) + 0.5) * stride

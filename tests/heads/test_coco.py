@@ -19,8 +19,10 @@ from fcache.heads.coco import detection_metric
 from fcache.heads.detections import Detections
 from fcache.heads.metrics import score, stack_states
 
-NAMES = ("ap", "ap50", "ap75", "ap/small", "ap/medium", "ap/large", "ar/1", "ar/10", "ar/100") + tuple(
-    f"ar/{size}" for size in ("small", "medium", "large")
+SIZES = ("small", "medium", "large")
+NAMES = (
+    *("ap", "ap50", "ap75", *(f"ap/{size}" for size in SIZES)),
+    *("ar/1", "ar/10", "ar/100", *(f"ar/{size}" for size in SIZES)),
 )
 
 
@@ -82,7 +84,7 @@ def detections_of(results: list[dict[str, Any]], categories: list[int], size: tu
         mask = r.get("segmentation") or coco_masks.encode(np.zeros(size, np.uint8, order="F"))
         counts = mask["counts"]
         masks.append(counts.encode() if isinstance(counts, str) else counts)
-        boxes.append(r["bbox"] if "bbox" in r else [0, 0, 1, 1])
+        boxes.append(r.get("bbox", [0, 0, 1, 1]))
     xywh = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
     return Detections(
         boxes=torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
@@ -228,9 +230,7 @@ def test_more_than_a_hundred_detections_of_a_class_are_cut_as_pycocotools_cuts_t
     for r in many:
         r["segmentation"] = _ellipse(r["bbox"], 128)
     found = case.scored(case.boxes + many, limit=200)
-    assert [found.values.get(f"box_{n}", -1.0) for n in NAMES] == list(
-        case.reference(case.boxes + many, "bbox").stats
-    )
+    assert [found.values.get(f"box_{n}", -1.0) for n in NAMES] == list(case.reference(case.boxes + many, "bbox").stats)
 
 
 def test_without_objects_there_is_nothing_to_score():
@@ -243,9 +243,9 @@ def test_without_objects_there_is_nothing_to_score():
 def test_truth_of_another_size_or_category_is_refused():
     case = random_case(1, images=1)
     size = case.annotations["images"][0]
+    of_others = Case({**case.annotations, "categories": [{"id": 99}]}, [], [])
     with pytest.raises(DataError, match="category"):
-        metric_of_others = Case({**case.annotations, "categories": [{"id": 99}]}, [], [])
-        metric_of_others.scored([])
+        of_others.scored([])
     said = detections_of([], [3], (size["height"], size["width"] + 1))
     record = {"image": size, "annotations": []}
     truth = torch.from_numpy(np.frombuffer(json.dumps(record).encode(), np.uint8).copy())

@@ -59,9 +59,7 @@ def _build(
     )
 
 
-def _check(
-    inputs: HeadInput, options: Options, *, form: Callable[[Options], Cascade], semantic: bool = False
-) -> None:
+def _check(inputs: HeadInput, options: Options, *, form: Callable[[Options], Cascade], semantic: bool = False) -> None:
     fine_to_coarse(inputs)
     check_detector(inputs, options)
     form(options)

@@ -1,4 +1,4 @@
-"""The box branch of a detector: sampling of regions, classes and boxes of them, losses, and what remains at test time."""
+"""The box branch of a detector: sampling of regions, their classes and boxes, losses, and what remains at test time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ class Regions:
 class Found:
     """What a detector says about one view, best first, on its device.
 
-    `boxes` float32 [n, 4] in pixels of the canvas, `scores` [n], `labels` int64 [n] from 0 on, and `masks` [n, M, M], the
-    probability of each cell of the box.
+    `boxes` float32 [n, 4] in pixels of the canvas, `scores` [n], `labels` int64 [n] from 0 on, and `masks` [n, M, M],
+    the probability of each cell of the box.
     """
 
     boxes: Tensor
@@ -68,9 +68,9 @@ class Found:
 class BoxBranch(nn.Module):
     """Pooled regions -> class logits [N, K + 1], the background first, and deltas [N, 4 (K + 1)], float32.
 
-    `convs` 3x3 convolutions (with BatchNorm where `normalised`) and `layers` linear layers of `units`. With `agnostic` the
-    deltas are [N, 4], the same for all classes. Initial weights of the last layers are normal with deviation 0.01 and
-    0.001.
+    `convs` 3x3 convolutions (with BatchNorm where `normalised`) and `layers` linear layers of `units`. With `agnostic`
+    the deltas are [N, 4], the same for all classes. Initial weights of the last layers are normal with deviations 0.01
+    and 0.001.
     """
 
     def __init__(
@@ -139,10 +139,8 @@ def box_losses(
     positive = torch.where(labels > 0)[0]
     truth = torch.cat([boxes[r.matched[r.positive]] for r, boxes in zip(regions, objects, strict=True)])
     wanted = stage.coder.encode_single(truth, torch.cat([r.boxes for r in regions])[positive])
-    if deltas.shape[1] == 4:
-        said = deltas[positive]
-    else:
-        said = deltas.reshape(len(labels), -1, 4)[positive, labels[positive]]
+    agnostic = deltas.shape[1] == 4
+    said = deltas[positive] if agnostic else deltas.reshape(len(labels), -1, 4)[positive, labels[positive]]
     boxes = F.smooth_l1_loss(said, wanted, beta=stage.beta, reduction="sum") / len(labels)
     return F.cross_entropy(logits, labels), boxes
 

@@ -11,8 +11,8 @@ from fcache.heads.parts.conv import batch_norm
 class FPN(nn.Module):
     """Levels from fine to coarse -> as many maps of `width` channels, and `extra_levels` coarser ones.
 
-    torchvision's FeaturePyramidNetwork with LastLevelMaxPool: a 1x1 convolution, the coarser sum enlarged to the nearest
-    neighbour and added, a 3x3 convolution; an extra level is every second position of the one before. With
+    torchvision's FeaturePyramidNetwork with LastLevelMaxPool: a 1x1 convolution, the coarser sum enlarged to the
+    nearest neighbour and added, a 3x3 convolution; an extra level is every second position of the one before. With
     `normalised` every convolution has BatchNorm in place of its bias. `residual_blocks` of `ResidualBlock` stand behind
     every 1x1 convolution; they begin as identities.
     """
@@ -36,9 +36,7 @@ class FPN(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Levels [B, C_i, H_i, W_i] -> maps [B, width, H_i, W_i], and the extra levels of half the size each."""
-        sums = [
-            blocks(lateral(x)) for blocks, lateral, x in zip(self.blocks, self.lateral, levels, strict=True)
-        ]
+        sums = [blocks(lateral(x)) for blocks, lateral, x in zip(self.blocks, self.lateral, levels, strict=True)]
         for i in range(len(sums) - 1, 0, -1):
             size = (sums[i - 1].shape[2], sums[i - 1].shape[3])
             sums[i - 1] = sums[i - 1] + F.interpolate(sums[i], size=size, mode="nearest")

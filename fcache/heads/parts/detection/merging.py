@@ -57,7 +57,7 @@ def pasted(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> tuple[np
 
 
 def _weights(first: int, last: int, start: float, end: float, cells: int) -> np.ndarray:
-    """How much each of `cells` cells between `start` and `end` counts at the centres of pixels: [last - first, cells]."""
+    """How much each of `cells` cells between `start` and `end` counts at the pixels' centres: [last - first, cells]."""
     places = (np.arange(first, max(first, last)) + 0.5 - start) * (cells / max(end - start, 1e-6)) - 0.5
     return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells))).astype(np.float32)
 
@@ -70,15 +70,15 @@ def encode_masks(parts: Sequence[tuple[np.ndarray, int, int]], size: tuple[int, 
     runs = [{"size": [height, width], "counts": _counts(*part, size)} for part in parts]
     if not runs:
         return ()
-    return tuple(r["counts"] for r in coco_masks.frPyObjects(runs, height, width))
+    return tuple(r["counts"] for r in coco_masks.frPyObjects(runs, height, width))  # type: ignore[arg-type,call-overload]
 
 
 def _counts(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -> list[int]:
     """Lengths of the runs of 0 and 1 in turn, column by column."""
     edges = np.diff(np.pad(part.astype(np.int8), ((1, 1), (0, 0))), axis=0).T
     column, row = np.nonzero(edges)
-    # In every column starts and ends alternate; those of one that reaches the bottom and of one that goes on at the top
-    # of the next meet, and are no ends.
+    # In every column starts and ends alternate; those of a run that reaches the bottom and of one that goes on at the
+    # top of the next column meet, and are no ends.
     places = (column + left) * size[0] + row + top
     meets = places[:-1] == places[1:]
     kept = np.ones(len(places), dtype=bool)

@@ -78,7 +78,7 @@ class Proposals(nn.Module):
             post_nms_top_n={"training": kept, "testing": kept},
             nms_thresh=0.7,
         )
-        self.network.box_similarity = box_iou_in_parts
+        self.network.box_similarity = box_iou_in_parts  # type: ignore[assignment]
 
     def forward(
         self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], boxes: Sequence[Tensor] | None = None

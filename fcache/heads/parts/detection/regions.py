@@ -117,7 +117,7 @@ class RegionHeads(nn.Module):
     def losses(
         self, pooled: Pooled, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]], objects: Sequence[Objects]
     ) -> Mapping[str, Tensor]:
-        """The weighted loss terms of all stages, for the proposals [p, 4] of every view; `sizes` are (height, width)."""
+        """The weighted loss terms of all stages, of the proposals [p, 4] of every view; `sizes` are (height, width)."""
         truth = [(o.boxes, o.labels) for o in objects]
         terms: dict[str, Tensor] = {}
         for k, (stage, branch) in enumerate(zip(self.cascade.stages, self.boxes, strict=True)):

@@ -17,8 +17,8 @@ CONVS = 4
 class SemanticBranch(nn.Module):
     """Maps of a pyramid, resized to the second of them and summed -> class logits and an embedding there.
 
-    Every map passes a 1x1 convolution and ReLU; the sum four 3x3 ones; then logits and embedding are 1x1 convolutions. As
-    mmdetection's FusedSemanticHead.
+    Every map passes a 1x1 convolution and ReLU; the sum four 3x3 ones; then logits and embedding are 1x1 convolutions.
+    As mmdetection's FusedSemanticHead.
     """
 
     def __init__(self, width: int, strides: Sequence[float], num_classes: int) -> None:
@@ -47,7 +47,7 @@ class SemanticBranch(nn.Module):
 
 
 def semantic_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of logits [B, K, h, w] over the labelled places of `labels` [B, H, W], taken at those of the logits.
+    """Cross entropy of logits [B, K, h, w] over the labelled places of `labels` [B, H, W], taken where the logits are.
 
     Weighted as in HTC; 0 without any labelled place.
     """

@@ -15,8 +15,8 @@ from fcache.heads.detections import decode_masks
 class Objects:
     """The objects of one view that are learnt from, on the heads' device; crowds are not among them.
 
-    `boxes` float32 [n, 4] in pixels of the canvas, `labels` int64 [n] from 1 on (0 is the background). Masks are decoded
-    when they are asked for, and kept.
+    `boxes` float32 [n, 4] in pixels of the canvas, `labels` int64 [n] from 1 on (0 is the background). Masks are
+    decoded when they are asked for, and kept.
     """
 
     boxes: Tensor
