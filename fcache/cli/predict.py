@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from fcache.extractor import Job, Photo, PhotoReader
     from fcache.heads import Run, Seen
 
-# What is written of label maps, and how the names of its files end.
-PRODUCTS = {"overlay": ".png", "labels": ".labels.png", "probabilities": ".probabilities.npy"}
+# What can be written, by task, and how the names of the files end.
+PRODUCTS = {
+    "semantic": {"overlay": ".png", "labels": ".labels.png", "probabilities": ".probabilities.npy"},
+    "detection": {"overlay": ".png", "instances": ".instances.json"},
+}
 UNREADABLE = 3
 
 
@@ -28,12 +31,14 @@ Examples:
   fcache predict runs/linear-seed0 photos --out overlays --batch-size 8
   fcache predict runs/upernet-seed0 photos --save labels,probabilities
   fcache predict runs/upernet-seed0 photo.jpg --tta ms-flip --weights mobilenet.safetensors
+  fcache predict runs/maskrcnn-seed0 photos --save overlay,instances --min-score 0.3
 
 \b
-Of label maps, files are written and their paths printed, one a line:
-  overlay        PHOTO-RUN.png                 the photo with classes and legend
+Of label maps and detections, files are written and their paths printed, one a line:
+  overlay        PHOTO-RUN.png                 the photo with classes, or boxes and masks; a legend
   labels         PHOTO-RUN.labels.png          8-bit class indices, 255 classes at most
   probabilities  PHOTO-RUN.probabilities.npy   float16 [class, row, column]
+  instances      PHOTO-RUN.instances.json      all detections as COCO's results have them
 RUN.classes.json names the classes. Sizes are the photo's, its orientation applied. Below a folder
 all photos are taken, in folders of --out like their own. Classes of whole photos are printed
 with their probabilities, best first. A photo that cannot be read is named, the others go on, and
@@ -44,7 +49,15 @@ the exit status is 3.
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @click.option("--weights", help="The backbone's weights, if they have moved since extraction.", metavar="FILE")
 @click.option("--out", default="predictions", show_default=True, help="Folder for what is written.", metavar="DIR")
-@click.option("--save", help="What is written: overlay [default], labels, probabilities.", metavar="LIST")
+@click.option("--save", help="What is written: overlay [default], labels, probabilities; instances.", metavar="LIST")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Detections of a lower score are not drawn.",
+    metavar="X",
+)
 @tta_option
 @click.option(
     "--batch-size",
@@ -61,6 +74,7 @@ def command(
     weights: str | None,
     out: str,
     save: str | None,
+    min_score: float,
     tta: str | None,
     batch_size: int,
     device: str | None,
@@ -95,13 +109,14 @@ def command(
                 progress.note(f"fcache: error: {item.reason}")
                 failed += 1
                 continue
-            if not done and products - {"overlay"}:
+            if not done and products & {"labels", "probabilities"}:
                 # Before the maps that it names the classes of, which may be read while others are made.
                 save_text(classes, json.dumps(list(trained_on.targets[0].class_names), indent=1) + "\n")
             for photo, seen in zip(
                 item.photos, see(head, view_batches([head], item.views, device=device)), strict=True
             ):
-                lines = written(trained_on, photo, seen, files(trained_on, stems[photo.path], products))
+                paths = files(trained_on, stems[photo.path], products)
+                lines = written(trained_on, photo, seen, paths, min_score=min_score)
                 progress.clear()
                 click.echo("\n".join(lines))
             done += len(item.photos)
@@ -120,14 +135,15 @@ def parse_products(text: str | None, run: "Run") -> frozenset[str]:
     from fcache.cli.job import words
 
     chosen = words(text) if text is not None else ("overlay",)
+    if text is not None and run.task not in PRODUCTS:
+        raise SpecError(f"--save is for label maps and detections; heads of task {run.task!r} print classes")
+    known = PRODUCTS.get(run.task, ("overlay",))
     for name in chosen:
-        if name not in PRODUCTS:
-            raise unknown_name("product", name, PRODUCTS)
+        if name not in known:
+            raise unknown_name(f"product of task {run.task!r}:", name, known)
     if not chosen:
-        raise SpecError(f"--save names one or more of {', '.join(PRODUCTS)}")
-    if text is not None and run.task != "semantic":
-        raise SpecError(f"--save is for label maps; heads of task {run.task!r} print classes")
-    return frozenset(chosen) if run.task == "semantic" else frozenset()
+        raise SpecError(f"--save names one or more of {', '.join(known)}")
+    return frozenset(chosen) if run.task in PRODUCTS else frozenset()
 
 
 def run_name(run: "Run") -> str:
@@ -137,7 +153,8 @@ def run_name(run: "Run") -> str:
 
 def files(run: "Run", stem: Path, products: frozenset[str]) -> dict[str, Path]:
     """The files to be written of one photo, by product. `stem` is a path without ending."""
-    return {p: stem.with_name(f"{stem.name}-{run_name(run)}{PRODUCTS[p]}") for p in PRODUCTS if p in products}
+    endings = PRODUCTS.get(run.task, {})
+    return {p: stem.with_name(f"{stem.name}-{run_name(run)}{endings[p]}") for p in endings if p in products}
 
 
 def open_reader(run: "Run", job: "Job") -> "PhotoReader":
@@ -161,16 +178,27 @@ def open_reader(run: "Run", job: "Job") -> "PhotoReader":
     return reader
 
 
-def written(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]") -> list[str]:
-    """Write files of a photo, by product, and give their paths; of heads without label maps the best classes."""
-    if run.task != "semantic":
+def written(
+    run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]", *, min_score: float = 0.5
+) -> list[str]:
+    """Write files of a photo, by product, and give their paths; of heads that write none the best classes."""
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if run.task == "detection":
+        save_detections(run, photo, seen, paths, min_score=min_score)
+    elif run.task == "semantic":
+        save_labels(run, photo, seen, paths)
+    else:
         return best_lines(run, photo, seen)
+    return [str(path) for path in paths.values()]
+
+
+def save_labels(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]") -> None:
+    """Write what a semantic head says about a photo."""
     from fcache.cli.outputs import save_png
     from fcache.heads import overlay, save_probabilities
 
     target = run.targets[0]
-    for path in paths.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
     if paths.keys() & {"overlay", "labels"}:
         labels = seen.merged().numpy()
         if "overlay" in paths:
@@ -179,7 +207,19 @@ def written(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]
             save_png(paths["labels"], labels)
     if "probabilities" in paths:
         save_probabilities(paths["probabilities"], seen)
-    return [str(path) for path in paths.values()]
+
+
+def save_detections(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]", *, min_score: float) -> None:
+    """Write what a detector finds in a photo."""
+    from fcache.cli.outputs import save_png, save_text
+    from fcache.heads import detections_json, draw_detections
+
+    target = run.inputs.target("instances")
+    found = seen.merged()
+    if "overlay" in paths:
+        save_png(paths["overlay"], draw_detections(photo.image, found, target, min_score=min_score))
+    if "instances" in paths:
+        save_text(paths["instances"], json.dumps(detections_json(found, target), indent=1) + "\n")
 
 
 def best_lines(run: "Run", photo: "Photo", seen: "Seen") -> list[str]:

@@ -17,6 +17,9 @@ from fcache.heads.compare import Spread as Spread
 from fcache.heads.compare import compare as compare
 from fcache.heads.compare import comparison_json as comparison_json
 from fcache.heads.config import TrainConfig as TrainConfig
+from fcache.heads.detections import Detections as Detections
+from fcache.heads.drawing import detections_json as detections_json
+from fcache.heads.drawing import draw_detections as draw_detections
 from fcache.heads.evaluate import Scored as Scored
 from fcache.heads.evaluate import TrainedHead as TrainedHead
 from fcache.heads.evaluate import check_source as check_source

@@ -111,7 +111,7 @@ def one_ahead(
 
 def target_device(path: str, device: torch.device) -> torch.device:
     """Where a target of a batch lies: on `device`, compressed streams on the CPU, where the metrics decode them."""
-    return torch.device("cpu") if path.endswith(("/truth", "/rle")) else device
+    return torch.device("cpu") if path.endswith(("/truth", "/rle", "/rle_ends")) else device
 
 
 def batch_buffers(device: torch.device | str) -> Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]:

@@ -179,11 +179,11 @@ def _resampled(row: Row, resamples: int, seed: int) -> tuple[tuple[str, ...], np
         ids = found
         # The same draws for every run of equal samples: this is what pairs them.
         generator = np.random.default_rng(seed)
-        metric = _metric(run)
+        primary = _metric(run).primary_of(states)
         for r in range(resamples):
             drawn = np.bincount(generator.integers(len(ids), size=len(ids)), minlength=len(ids))
             try:
-                total[r] += metric.reduce(states, drawn).values[row.primary]
+                total[r] += primary(drawn)
             except DataError:
                 # No drawn sample is labelled, which depends on the samples and not on the run: left out for all rows.
                 total[r] = np.nan

@@ -35,13 +35,21 @@ class Metric:
     `observe(prediction, targets)` gives the state of one sample: arrays by name, of equal shapes for all samples;
     `targets` are the sample's arrays by path. `reduce(states, weights)` gives the scores of states stacked along
     axis 0, [N, …]; `weights`, integers [N], says how often each sample counts (all ones, or a bootstrap draw).
-    `primary` names the score by which heads are ranked.
+    `primary` names the score by which heads are ranked; `resample(states)` gives what makes it alone of weights, for
+    metrics that have it much cheaper than by `reduce`.
     """
 
     primary: str
     observe: Callable[[Any, Mapping[str, Any]], States]
     reduce: Callable[[States, np.ndarray], Scores]
     larger_is_better: bool = True
+    resample: Callable[[States], Callable[[np.ndarray], float]] | None = None
+
+    def primary_of(self, states: States) -> Callable[[np.ndarray], float]:
+        """What makes the primary score of weights [N]: the same number as `reduce`, and its errors."""
+        if self.resample is not None:
+            return self.resample(states)
+        return lambda weights: self.reduce(states, weights).values[self.primary]
 
 
 def stack_states(states: Sequence[States]) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ class Prediction:
     """What a head says about one sample: `value` as its task has it, on the CPU.
 
     `semantic`: a label map, uint8 [H, W] at original size. `classification`: logits [K, C] of its K classifiers.
+    `detection`: `Detections`.
     """
 
     id: str
@@ -101,27 +102,41 @@ def overlay(
         counts += np.bincount(classes.ravel(), minlength=256)
     present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k] and k < len(colours)]
     lines = [f"{class_names[k]}  {100 * counts[k] / labels.size:.1f} %" for k in present]
-    return _beside(drawn, lines, [tuple(int(c) for c in colours[k]) for k in present])
+    entries = [(tuple(int(c) for c in colours[k]), line) for k, line in zip(present, lines, strict=True)]
+    return with_legend(drawn, entries)
 
 
-def _beside(picture: np.ndarray, lines: Sequence[str], colours: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """A picture uint8 [H, W, 3] with a legend at its right: a box and a line for each colour."""
+def with_legend(picture: np.ndarray, lines: Sequence[tuple[tuple[int, ...], str]]) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], with a legend at its right, lines of a colour and a text.
+
+    Returns uint8 [max(H, legend), W + legend, 3].
+    """
     height, width = picture.shape[:2]
-    # Letters grow with large pictures, which are looked at smaller than they are, as far as the lines find room.
-    large = min(min(height, width) // 40, 3 * height // (4 * max(1, len(lines))))
-    size = max(11, min(18, height // 20), large)
-    font = ImageFont.load_default(size=size)
+    font = legend_font((height, width), len(lines))
+    size = round(font.size)
     gap = max(6, size // 3)
     step = size + gap
-    wide = max((int(font.getlength(line)) for line in lines), default=0) + step + 3 * gap
+    wide = max((int(font.getlength(line)) for _, line in lines), default=0) + step + 3 * gap
     canvas = Image.new("RGB", (width + wide, max(height, step * len(lines) + 2 * gap)), "white")
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for row, (colour, line) in enumerate(zip(colours, lines, strict=True)):
+    for row, (colour, line) in enumerate(lines):
         x, y = width + gap, gap + row * step
         draw.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
         draw.text((x + step, y), line, fill="black", font=font)
     return np.asarray(canvas)
+
+
+def legend_font(size: tuple[int, int], lines: int = 1) -> ImageFont.FreeTypeFont:
+    """The font of what is written on and beside a picture of (height, width), in so many lines.
+
+    Letters grow with large pictures, which are looked at smaller than they are, as far as the lines find room.
+    """
+    height, width = size
+    large = min(min(height, width) // 40, 3 * height // (4 * max(1, lines)))
+    font = ImageFont.load_default(size=max(11, min(18, height // 20), large))
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow has FreeType"
+    return font
 
 
 def default_palette(count: int) -> list[tuple[int, int, int]]:

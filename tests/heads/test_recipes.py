@@ -16,6 +16,12 @@ def test_the_shipped_recipes_are_these():
         "ade20k-upernet-frozen",
         "ade20k-upernet-mim",
         "camvid-small",
+        "coco-maskrcnn-frozen",
+        "coco-maskrcnn-frozen-10pct",
+        "coco-maskrcnn-frozen-1pct",
+        "coco-small",
+        "coco-swinv2-g",
+        "coco-vit-det",
         "demo-small",
         "imagefolder-small",
         "imagenet-linear",
@@ -23,14 +29,16 @@ def test_the_shipped_recipes_are_these():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, images):
+def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, images, objects):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
     assert recipe.extract["views"] >= 1
     assert recipe.extract["view_recipe"]
     for head in recipe.train.heads:
-        info = (images() if head.startswith("classification") else scenes()).info
+        tasks = {name.partition("/")[0] for name in head_names() if head in (name, name.partition("/")[2])}
+        sources = {"semantic": scenes, "detection": objects, "classification": images}
+        info = next(source for task, source in sources.items() if task in tasks)().info
         choice = choose_head(head, info, recipe.train)
         given = {k: v for k, v in recipe.train.heads[head].items() if k not in HEAD_FIELDS}
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in choice.options.items() if k in given} == given
@@ -52,6 +60,32 @@ def test_the_frozen_recipes_of_ade20k_are_table_12_of_the_paper():
     assert (train.lr, train.weight_decay, train.warmup) == (3e-4, 0.02, 0)
     assert (train.schedule, train.power) == ("poly", 0.9)
     assert (train.iterations, train.batch_size, train.betas) == (160_000, 16, (0.9, 0.999))
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "decay", "images", "epochs", "steps"),
+    [
+        ("coco-maskrcnn-frozen", 3e-4, 0.05, 117_266, 72, (63, 69)),
+        ("coco-maskrcnn-frozen-10pct", 3e-4, 0.1, 11_727, 12, (8, 11)),
+        ("coco-maskrcnn-frozen-1pct", 1e-3, 0.5, 1_173, 12, (8, 11)),
+        ("coco-swinv2-g", 6e-4, 0.05, 117_266, 72, (63, 69)),
+    ],
+)
+def test_the_frozen_recipes_of_coco_are_table_11_of_the_paper(name, lr, decay, images, epochs, steps):
+    train = load_recipe(name).train
+    epoch = round(images / train.batch_size)
+    assert train.batch_size == (32 if name == "coco-swinv2-g" else 16)
+    assert (train.lr, train.weight_decay, train.warmup, train.gamma) == (lr, decay, 500, 0.1)
+    assert train.iterations == pytest.approx(epochs * epoch, rel=2e-3)
+    assert [m / train.iterations for m in train.milestones] == pytest.approx([s / epochs for s in steps])
+    assert train.schedule == "multi-step"
+
+
+def test_the_recipe_of_vit_detection_is_the_paper_s_formula():
+    train = load_recipe("coco-vit-det").train
+    assert (train.lr, train.weight_decay, train.batch_size, train.schedule) == (1.6e-4, 0.1, 64, "cosine")
+    assert train.iterations == 50 * 1832
+    assert train.warmup == 1832 // 4
 
 
 def test_the_recipe_of_swinv2_g_is_what_the_paper_states():

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcache.cache_spec import SpecError
+from fcache.heads.head import Options
 from fcache.heads.parts.conv import batch_norm
 
 EPS = 1e-3
+# The options of heads with necks that only a BiFPN reads, at the values that say they are not given.
+BIFPN_OPTIONS: Options = {"layers": 0, "separable": True, "bn_momentum": 0.1, "edge_convs": False}
 
 
 class BiFPN(nn.Module):

@@ -1,27 +1,17 @@
-"""What every semantic head needs, whatever its form: levels in order, pixel loss, labels at original size, metric."""
+"""What every semantic head needs, whatever its form: pixel loss, labels at original size, metric."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcache.cache_spec import IGNORE, LevelSpec, SpecError, View
+from fcache.cache_spec import IGNORE, View
 from fcache.heads.head import HeadInput, Options
 from fcache.heads.metrics import Metric, segmentation_metric
 from fcache.heads.parts.conv import resize
+from fcache.heads.parts.levels import fine_to_coarse
 
 # Elements of one resized chunk of class maps: 64 MB of float32, whatever the number of classes and the image's size.
 CHUNK = 1 << 24
-
-
-def fine_to_coarse(inputs: HeadInput) -> list[LevelSpec]:
-    """The levels of a head's input by increasing stride; levels of one stride keep their order.
-
-    Raises SpecError if a level is no map (C H W).
-    """
-    for level in inputs.levels:
-        if level.dims != "C H W":
-            raise SpecError(f"a semantic head reads maps (C H W), level {level.name!r} has the axes {level.dims!r}")
-    return sorted(inputs.levels, key=lambda level: level.stride)
 
 
 def check_segmentation(inputs: HeadInput, options: Options) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fcache.cache_spec import LevelSpec, SpecError, unknown_name
 from fcache.heads.head import Options
 from fcache.heads.parts.adaptors import adaptors_for, adapts
-from fcache.heads.parts.bifpn import BiFPN
+from fcache.heads.parts.bifpn import BIFPN_OPTIONS, BiFPN
 from fcache.heads.parts.conv import ConvNormAct, classifier, resize
 from fcache.heads.parts.fcn import FCN
 from fcache.heads.parts.fpn import TopDown
@@ -16,8 +16,6 @@ from fcache.heads.parts.norm import ChannelNorm
 from fcache.heads.parts.ppm import PyramidPooling
 
 NECKS = ("fpn", "bifpn")
-# What only a BiFPN reads; with an FPN any other value than these is an error.
-BIFPN_OPTIONS: Options = {"layers": 0, "separable": True, "bn_momentum": 0.1, "edge_convs": False}
 UPERNET_OPTIONS: Options = {
     "width": 512,
     "neck": "fpn",

@@ -13,10 +13,11 @@ from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
 from fcache.heads.parts import ChannelNorm, adapted_levels
 from fcache.heads.parts.adaptors import adaptors_for
 from fcache.heads.parts.classmaps import ClassMaps, as_they_are, merge_labels
+from fcache.heads.parts.levels import fine_to_coarse
 from fcache.heads.parts.mask_decoder import MaskDecoder
 from fcache.heads.parts.mask_loss import MaskLoss, mask_loss
 from fcache.heads.parts.pixel_decoder import PixelDecoder
-from fcache.heads.parts.segmentation import check_segmentation, fine_to_coarse, segmentation_metrics
+from fcache.heads.parts.segmentation import check_segmentation, segmentation_metrics
 
 TASK = "semantic"
 

@@ -9,7 +9,8 @@ from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options
 from fcache.heads.parts import FCN, UPERNET_OPTIONS, ChannelNorm, UPerNet, adapted_levels, find_level, resize
 from fcache.heads.parts.classmaps import ClassMaps, logit_maps, merge_labels
-from fcache.heads.parts.segmentation import check_segmentation, fine_to_coarse, pixel_loss, segmentation_metrics
+from fcache.heads.parts.levels import fine_to_coarse
+from fcache.heads.parts.segmentation import check_segmentation, pixel_loss, segmentation_metrics
 from fcache.heads.parts.upernet import check_upernet
 
 
