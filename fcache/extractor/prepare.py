@@ -29,7 +29,7 @@ from fcache.extractor.views import (
 # An evaluation sample whose header cannot be read has no size; it waits, quarantined, in this image's bucket.
 UNKNOWN_SIZE = (256, 256)
 MIN_TRUTH_BYTES = 1 << 20
-MIN_INSTANCE_LIMITS = {"instances": 128, "instances_rle_bytes": 1 << 16, "instances_truth_bytes": 1 << 16}
+MIN_INSTANCE_LIMITS = {"instances": 128, "instances_rle_bytes": 1 << 17, "instances_truth_bytes": 1 << 18}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fcache.extractor.views import (
     cut_view,
     instance_limits,
 )
+from fcache.extractor.views.frames import largest_scale
 
 JITTER = ScaleCrop(size=(96, 96), long=96, short=96, scale=(0.1, 2.0), flip=0.5)
 PLACES = {
@@ -252,6 +253,23 @@ def test_five_hundred_objects_and_a_crowd_keep_their_order_and_fit_their_limits(
                 assert len(viewed.targets[a.path]) <= a.shape[0], (name, a.path)
     assert viewed.targets["instances/crowd"].sum() == 5
     assert len(json.loads(viewed.targets["instances/truth"].tobytes())["annotations"]) == 500
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_column_of_the_image_is_no_more_columns_of_a_view_than_its_bound_says(name: str) -> None:
+    """One column of pixels, wherever it is: the view's masks have so many columns, and that many there can be."""
+    most = 0
+    for column in range(0, 110, 3):
+        mask = np.zeros((70, 110), dtype=np.uint8)
+        mask[:, column] = 1
+        found = objects([(0, 0, 110, 70)], [mask], size=(70, 110))
+        for view in range(30):
+            for shown in masks_of(cut_one(PLACES[name], found, view=view)):
+                most = max(most, int(shown.any(0).sum()))
+    bound = int(largest_scale(PLACES[name], (70, 110))) + 1
+    assert most <= bound
+    # A crop of one pixel may fill a view; nothing draws such crops here.
+    assert name == "resized-crop" or most >= bound - 1
 
 
 @settings(max_examples=20)
