@@ -30,14 +30,13 @@ Examples:
   fcache train-head … --follow          train while `fcache extract` still writes the cache
 
 \b
-Heads: classification/linear, detection/cascade, detection/htc,
-detection/htc-without-semantic, detection/maskrcnn, semantic/fcn, semantic/linear,
-semantic/mask2former, semantic/upernet; the short name is enough where the cache's targets
-leave one choice.
+Heads: classification/linear, detection/cascade, detection/htc, detection/htc-without-semantic,
+detection/maskrcnn, semantic/fcn, semantic/linear, semantic/mask2former, semantic/upernet; the
+short name is enough where the cache's targets leave one choice.
 Recipes: ade20k-mask2former-frozen, ade20k-mask2former-mim, ade20k-small, ade20k-swinv2-g,
 ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, coco-maskrcnn-frozen,
-coco-maskrcnn-frozen-10pct, coco-maskrcnn-frozen-1pct, coco-small, coco-swinv2-g,
-coco-vit-det, demo-small, imagefolder-small, imagenet-linear.
+coco-maskrcnn-frozen-10pct, coco-maskrcnn-frozen-1pct, coco-small, coco-swinv2-g, coco-vit-det,
+demo-small, imagefolder-small, imagenet-linear.
 
 \b
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.

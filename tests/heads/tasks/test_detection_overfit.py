@@ -1,0 +1,28 @@
+"""Detectors learn a few fixed pictures by heart."""
+
+import pytest
+
+from fcache.heads import TrainConfig, choose_head, train
+
+NARROW = "width=32,box_units=64,proposals=30,rois=32,anchor_scales=4,mask_convs=1"
+
+
+@pytest.mark.parametrize(
+    ("form", "iterations", "lr", "pictures"),
+    [
+        (f"maskrcnn:{NARROW}", 120, 4e-3, {}),
+        (f"cascade:{NARROW}", 160, 8e-3, {}),
+        (f"htc:{NARROW}", 100, 8e-3, {"grid": 1, "seed": 3, "semantic": True}),
+        (f"htc-without-semantic:{NARROW}", 100, 8e-3, {"grid": 1, "seed": 3}),
+    ],
+    ids=["maskrcnn", "cascade", "htc", "htc-without-semantic"],
+)
+def test_pictures_are_learnt_by_heart(form, iterations, lr, pictures, objects, tmp_path):
+    source = objects(2, batch_size=2, **pictures)
+    held = objects(2, role="evaluation", **pictures)
+    config = TrainConfig(
+        iterations=iterations, batch_size=2, lr=lr, schedule="linear", warmup=10, weight_decay=0.0, checkpoint_every=0
+    )
+    (run,) = train(source, [choose_head(form, source.info, config)], config, out=tmp_path, validation=held)
+    assert run.metrics["box_ap"] > 0.95
+    assert run.metrics["mask_ap"] > 0.95
