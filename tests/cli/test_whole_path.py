@@ -67,6 +67,8 @@ def test_a_recipe_gives_settings_that_the_command_line_overrides(scenes: Path, t
     assert main(line) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [(s["name"], s["views"], s["records"]) for s in plan["splits"]] == [("train", 3, 18), ("val", 1, 3)]
+    train = plan["splits"][0]
+    assert plan["view_bytes"] == {str(k): k * train["bytes"] // 3 for k in (1, 2, 3, 4, 8)}
     assert main([*line, "--views", "1", "--encoding", "fp32"]) == 0
     other = json.loads(capsys.readouterr().out)
     assert other["splits"][0]["records"] == 6
@@ -84,6 +86,14 @@ def test_a_wrong_recipe_setting_is_named(scenes: Path, tmp_path: Path, capsys, t
     (tmp_path / "mine.toml").write_text(text)
     assert extract(scenes, tmp_path / "c", "--recipe", str(tmp_path / "mine.toml")) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_shows_what_other_numbers_of_views_take_where_views_differ(scenes: Path, capsys) -> None:
+    line = ["plan", *MODEL, "--data-root", str(scenes), "--input-size", "64", "64", "--device", "cpu", "--no-time"]
+    assert main([*line, "--view-recipe", "ade20k-small", "--views", "2"]) == 0
+    assert "2 (planned)" in capsys.readouterr().out
+    assert main([*line, "--view-recipe", "plain"]) == 0
+    assert "training views" not in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(scenes: Path, tmp_path: Path, capsys) -> None:
