@@ -15,7 +15,6 @@ Labels become 0 … n-1, and 255 where nothing counts. A `dataset.toml` beside t
 
 import colorsys
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,15 @@ from fcache.cache_spec.errors import DataError
 from fcache.cache_spec.identity import to_json
 from fcache.cache_spec.spec import TargetSpec
 from fcache.cache_spec.targets import IGNORE
-from fcache.extractor.datasets.dataset import DatasetSplit, RawSample, Sample, check_folder, sample_digest, some
+from fcache.extractor.datasets.dataset import (
+    DatasetSplit,
+    RawSample,
+    Sample,
+    check_folder,
+    read_options,
+    sample_digest,
+    some,
+)
 from fcache.extractor.images import EXTENSIONS, image_size, load_image, load_mask
 
 SPLITS: Mapping[str, str] = {"train": "training", "val": "evaluation"}
@@ -172,12 +179,7 @@ def _classes(root: Path) -> tuple[tuple[str, ...], Conversion]:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not TOML: {e}") from e
+    options = read_options(path)
     for key, value in options.items():
         # bool is an int to Python, not to a reader of the file.
         if key not in _KEYS or type(value) is not _KEYS[key]:

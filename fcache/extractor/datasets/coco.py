@@ -12,7 +12,6 @@ folders keeps them:
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from fcache.extractor.datasets.dataset import (
     RawSample,
     Sample,
     check_folder,
+    read_options,
     sample_digest,
     some,
 )
@@ -88,12 +88,7 @@ def open_split(root: Path, split: str) -> DatasetSplit:
 
 
 def _keep_empty(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not TOML: {e}") from e
+    options = read_options(path)
     for key, value in options.items():
         if key != "keep_empty" or not isinstance(value, bool):
             raise DataError(f"{path}: expected keep_empty (true or false), found {key} = {value!r}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,16 @@ def check_folder(path: Path, *, role: str) -> Path:
         found = "a file" if path.exists() else "nothing"
         raise DataError(f"{path}: expected a folder ({role}), found {found}; check the data root")
     return path
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """What a `dataset.toml` says, nothing if there is none. Raises DataError if it is no TOML."""
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not TOML: {e}") from e
 
 
 def some(names: Sequence[str], *, most: int = 3) -> str:
