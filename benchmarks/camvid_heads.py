@@ -4,7 +4,7 @@
 
 A row is one `fcache train-head` call that trains all heads in one pass with the recipe `camvid-small`, on four cached
 views. For seed 0 there are two rows more: the same on an fp32 cache, which equals training beside the running backbone
-bit for bit (`tests/test_parity.py`), and the scores of the first row's heads by `fcache evaluate`, live and with
+bit for bit (`tests/test_parity.py`), and the scores of that row's heads by `fcache evaluate`, live and with
 `--tta ms-flip`. A row that is done is not run again, so the script may be stopped and continued; --table only writes
 the results of what is there, in results/camvid_heads.json and .md.
 """
@@ -103,10 +103,10 @@ def live_row(name: str, data: Path, work: Path) -> dict[str, Any]:
 
 
 def tta_row(name: str, work: Path) -> dict[str, Any]:
-    """The heads of the cached row scored beside the running backbone: on one view, and by ms + flip."""
+    """The heads of the live row scored beside the running backbone: on one view, and by ms + flip."""
 
     def scored() -> dict[str, Any]:
-        runs = sorted((work / "runs" / name).glob("*-seed0"))
+        runs = sorted((work / "runs" / f"{name}-fp32").glob("*-seed0"))
         found: dict[str, Any] = {"backbone": name, "seed": 0}
         for views, option in (("one", ("--live",)), ("ms-flip", ("--tta", "ms-flip"))):
             scores = json.loads(fcache("evaluate", *runs, *option, "--json"))
@@ -122,7 +122,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Heads by backbones: mIoU over the seeds, and of seed 0 the gain by live features and by ms + flip."""
+    """Heads by backbones: mIoU over the seeds, of seed 0 the gain by live features, and by ms + flip after that."""
     lines = [
         "| backbone | head | parameters | mIoU, cached | seeds | live features | ms + flip |",
         "|---|---|---|---|---|---|---|",
@@ -159,8 +159,8 @@ def main() -> None:
         for seed in SEEDS:
             cached_row(name, seed, data, work)
         if name in PRETRAINED:
-            tta_row(name, work)
             live_row(name, data, work)
+            tta_row(name, work)
     kinds = ("cached", "live", "tta")
     rows = {k: [json.loads(p.read_text()) for p in sorted((work / "rows").glob(f"{k}-*.json"))] for k in kinds}
     about = {"machine": platform.machine(), "processors": os.cpu_count(), "date": time.strftime("%Y-%m")}
