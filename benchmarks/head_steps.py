@@ -7,9 +7,10 @@ heads of the papers at full size. For every head, in interleaved rounds of one p
 
 - cached: batches of `fcache extract`'s store kept in memory (`train-head --resident ram`; `device` on a GPU), int8 as
   it is by default and fp16. Waiting is the share of the step that passes before the batch is there, as `train` counts.
-- live: the backbone as `fcache extract` runs it (bf16 autocast, inference mode) on the same views, which lie decoded in
-  memory, then the same step of the head. The ratio counts the backbone only, no decoding and no augmentation; what
-  these take is in the table of backbones, as the product's live source does them (two threads, nothing ahead).
+- live: the backbone as `fcache extract` runs it (inference mode; bf16 autocast on a GPU; float32 on a CPU, where bf16
+  is several times slower unless the processor has instructions for it) on the same views, which lie decoded in memory,
+  then the same step of the head. The ratio counts the backbone only, no decoding and no augmentation; what these take
+  is in the table of backbones, as the product's live source does them (two threads, nothing ahead).
 - on a GPU also a batch that stays there, decoded: what the step takes beyond it is all that data cost, also where the
   GPU waits and not the program.
 
@@ -45,6 +46,7 @@ from training.sources import Data, decoded_once, one_batch
 from training.steps import Step, giga_macs, head_macs, learner, steps, turn, warm_up
 
 from fcache.cache_spec import BlockSource
+from fcache.cache_spec.spec import PRECISIONS
 from fcache.extractor import LiveSource
 from fcache.extractor.forward import normalised
 from fcache.heads import TrainConfig, choose_head, device_batches, needed_levels
@@ -87,7 +89,7 @@ BACKBONE_COLUMNS = {
     "b, GMACs": "{b:.1f}",
     "bf16, ms a batch": "{bf16_ms:.0f}",
     "fp32": "{fp32_ms:.0f}",
-    "bf16 with decoding and augmentation": "{decoding_ms:.0f}",
+    "as live, with decoding and augmentation": "{decoding_ms:.0f}",
 }
 
 
@@ -102,6 +104,7 @@ class Settings:
     seconds: float
     steps: int
     threads: int
+    precision: str
     input_size: tuple[int, int] = (512, 512)
     photo: tuple[int, int] = (512, 683)
     heads: tuple[str, ...] = HEADS
@@ -113,9 +116,16 @@ class Settings:
     def data(self, backbone: str, work: Path) -> Data:
         """The records of a backbone, in a folder of all that decides them."""
         size = "x".join(map(str, self.input_size))
-        folder = work / f"data-{self.device.replace(':', '-')}-{self.records}-{size}"
+        folder = work / f"data-{self.device.replace(':', '-')}-{self.precision}-{self.records}-{size}"
         return Data(
-            folder, backbone, self.records, self.batch, self.device, input_size=self.input_size, photo=self.photo
+            folder,
+            backbone,
+            self.records,
+            self.batch,
+            self.device,
+            precision=self.precision,
+            input_size=self.input_size,
+            photo=self.photo,
         )
 
 
@@ -123,9 +133,9 @@ def default_settings(device: str) -> Settings:
     """A step takes milliseconds on a GPU and seconds on a CPU."""
     threads = torch.get_num_threads()
     if torch.device(device).type == "cuda":
-        return Settings(device, batch=16, records=64, rounds=5, seconds=1.0, steps=5, threads=threads)
+        return Settings(device, batch=16, records=64, rounds=5, seconds=1.0, steps=5, threads=threads, precision="bf16")
     # UPerNet's pooled 1 x 1 map has no batch statistics of one photo.
-    return Settings(device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, threads=threads)
+    return Settings(device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, threads=threads, precision="fp32")
 
 
 @dataclass(frozen=True)
@@ -195,8 +205,8 @@ class Bench:
 
     def backbone_row(self) -> Row:
         """The backbone without a head, a batch at a time."""
-        in_fp32 = decoded_once(replace(self.data, precision="fp32").live())
-        sources = {"bf16": self.live, "fp32": in_fp32, "decoding": self.data.live()}
+        sources = {p: decoded_once(replace(self.data, precision=p).live()) for p in PRECISIONS}
+        sources["decoding"] = self.data.live()
         streams = {name: self.blocks(source) for name, source in sources.items()}
         count = {name: count_of(warm_up(s, 0.0, self.device), self.settings) for name, s in streams.items()}
         found: dict[str, list[float]] = {name: [] for name in streams}
@@ -301,9 +311,9 @@ def about(settings: Settings) -> str:
     autocast = settings.on_gpu and torch.cuda.is_bf16_supported()
     size = " x ".join(map(str, settings.input_size))
     return (
-        f"Training steps on {place}: batches of {settings.batch} views of {size}, 150 classes; backbone in bf16, heads "
-        f"in {'bf16 autocast' if autocast else 'float32'}. Medians of interleaved rounds; live runs the backbone on "
-        "views that lie decoded in memory."
+        f"Training steps on {place}: batches of {settings.batch} views of {size}, 150 classes; backbone in "
+        f"{settings.precision}, heads in {'bf16 autocast' if autocast else 'float32'}. Medians of interleaved rounds; "
+        "live runs the backbone on views that lie decoded in memory."
     )
 
 
@@ -323,11 +333,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep caches and rows here (default: a temporary folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="swinv2-b, or swinv2-b/linear")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 2 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 5 on a GPU, 3 on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    given = {name: value for name in ("batch", "rounds") if (value := getattr(args, name)) is not None}
+    given = {name: value for name in ("batch", "rounds", "precision") if (value := getattr(args, name)) is not None}
     settings = replace(default_settings(args.device), **given)
     settings = replace(settings, records=max(settings.records, 2 * settings.batch))
     m = machine("timm", "scipy")

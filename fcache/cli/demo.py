@@ -58,7 +58,7 @@ def command(out: str, model: str, weights: str, device: str | None) -> None:
         view_recipe=recipe.extract["view_recipe"],
         input_size=(height, width),
         device=device,
-        precision="bf16" if device.startswith("cuda") else "fp32",
+        precision=recipe.extract["precision"],
     )
     with Progress() as progress, stop_on_signals() as should_stop:
         if not scenes.is_dir():

@@ -51,7 +51,7 @@ OPTIONS = (
         metavar="NAME",
     ),
     click.option("--compression", help="none [default] or zstd.", metavar="NAME"),
-    click.option("--precision", help="Of the backbone: bf16 [default] or fp32.", metavar="NAME"),
+    click.option("--precision", help="Of the backbone: bf16 [on a GPU] or fp32 [on a CPU].", metavar="NAME"),
     click.option("--split", help="Which splits [train,val].", metavar="LIST"),
     click.option(
         "--subset",
@@ -99,7 +99,8 @@ def parse_job(options: Mapping[str, Any]) -> "Job":
     root = data_root(dataset, given.pop("data_root", None))
     cache = given.pop("cache", None) or f"{dataset}-{model.replace('/', '_')}.fcache"
     parsed: dict[str, Any] = {"root": root, "cache": cache, "weights": given.pop("weights", "pretrained")}
-    parsed["device"] = given.pop("device", None) or best_device()
+    parsed["device"] = device = given.pop("device", None) or best_device()
+    parsed["precision"] = given.pop("precision", None) or usual_precision(device)
     if (split := given.pop("split", None)) is not None:
         parsed["splits"] = words(split)
     if (levels := given.pop("levels", None)) is not None:
@@ -178,6 +179,11 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usual_precision(device: str) -> str:
+    """What a device computes fast: "bf16" on a GPU; "fp32" on a CPU, most of which have no instructions for bf16."""
+    return "bf16" if device.startswith("cuda") else "fp32"
 
 
 def words(value: Any) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def script():
 @pytest.fixture
 def settings(script):
     return script.Settings(
-        "cpu", batch=2, records=4, rounds=2, seconds=0.0, steps=3, threads=1,
+        "cpu", batch=2, records=4, rounds=2, seconds=0.0, steps=3, threads=1, precision="bf16",
         input_size=(64, 64), photo=(64, 85), heads=HEADS,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from fcache import __version__
 from fcache.cache_spec import CorruptError, IncompatibleError, IncompleteError, NoSpaceError, SpecError
 from fcache.cli import app as module
 from fcache.cli import main
+from fcache.cli.job import parse_job
 
 HEAVY = ("torch", "torchvision", "timm", "zarr", "numpy", "dask", "distributed", "rich", "PIL", "scipy", "transformers")
 GOLDEN = Path(__file__).parent / "golden"
@@ -199,3 +200,13 @@ def test_a_closed_pipe_ends_quietly() -> None:
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert result.stderr == ""
     assert result.stdout.startswith("ok")
+
+
+def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
+    options = dict.fromkeys(("recipe", "data_root", "cache", "weights", "precision")) | {
+        "model": "test_resnet", "dataset": "ade20k", "data_root": "data",
+    }  # fmt: skip
+    assert parse_job(options | {"device": "cpu"}).precision == "fp32"
+    assert parse_job(options | {"device": "cuda:1"}).precision == "bf16"
+    assert parse_job(options | {"device": "cpu", "precision": "bf16"}).precision == "bf16"
+    assert parse_job(options | {"device": "cuda", "recipe": "camvid-small"}).precision == "fp32"
