@@ -2,8 +2,9 @@
 
     python benchmarks/head_steps.py [--work DIR] [--device cuda] [--only swinv2-t/linear]
 
-SwinV2-T and -B with random weights on made-up scenes of ADE20K's size and number of classes, 512 x 512 views, and the
-heads of the papers at full size. For every head, in interleaved rounds of one process and with the same learner:
+SwinV2-T and -B with random weights on made-up scenes with ADE20K's number of classes, views of 512 x 512 (on a CPU of
+256 x 256, as those of the small recipes), and the heads of the papers at full width. For every head, in interleaved
+rounds of one process and with the same learner:
 
 - cached: batches of `fcache extract`'s store kept in memory (`train-head --resident ram`; `device` on a GPU), int8 as
   it is by default and fp16. Waiting is the share of the step that passes before the batch is there, as `train` counts.
@@ -17,8 +18,8 @@ heads of the papers at full size. For every head, in interleaved rounds of one p
 The bound is (b + 3h) / 3h with multiply-adds of the backbone's (b) and the head's forward pass (h) by FlopCounterMode:
 a backward pass is taken as two forward ones; losses, matching, grid samples, elementwise work and the optimizer count
 for nothing, so that a measured ratio may lie on either side. Heads train in float32 on a CPU, under bf16 autocast on a
-GPU. A step of a CPU takes up to half a minute: there a batch has 2 photos, fp16 is measured for `linear` alone, whose
-step is the shortest, and all heads together have one round.
+GPU. A step of a CPU takes seconds: there a batch has 2 photos, fp16 is measured for `linear` alone, whose step is the
+shortest, and all heads together have one round.
 
 With --work what is done is kept there, and not done again: the script may be stopped and continued, or run row by row
 with --only, which takes a backbone, a row (swinv2-t/linear, swinv2-t/backbone) or a pattern ('*/upernet*').
@@ -135,7 +136,10 @@ def default_settings(device: str) -> Settings:
     if torch.device(device).type == "cuda":
         return Settings(device, batch=16, records=64, rounds=5, seconds=1.0, steps=5, threads=threads, precision="bf16")
     # UPerNet's pooled 1 x 1 map has no batch statistics of one photo.
-    return Settings(device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, threads=threads, precision="fp32")
+    return Settings(
+        device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, threads=threads, precision="fp32",
+        input_size=(256, 256), photo=(256, 341),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
