@@ -54,9 +54,9 @@ def check_decoder() -> None:
 def read_frames(path: Path, choose: FrameChoice) -> Frames:
     """The frames of a video that `choose(number of frames)` names, in its order; the same one may be named again.
 
-    All of the video is decoded and only the frames that are named are kept, and some that decord decoded ahead. It is the whole that says how many frames
-    there are, and whether any is damaged: decord decodes ahead, so that a reader that stopped early would meet damage
-    behind its last frame in one run and miss it in the next.
+    All of the video is decoded, only the frames that are named are kept, beside a few that decord decoded ahead. It is
+    the whole that says how many frames there are, and whether any is damaged: for decord is ahead of its reader, one
+    that stopped early would meet damage behind its last frame in one run and miss it in the next.
     Raises DataError for a file that is damaged, cut short, or of a kind that decord cannot read right, OSError if
     reading failed.
     """
