@@ -86,13 +86,16 @@ def load_sample(split: DatasetSplit, sample: Sample, frames: FrameChoice) -> Raw
 
     Raises DataError if the sample cannot be decoded, OSError if it could not be read.
     """
-    load = split.load if split.load_frames is None else partial(split.load_frames, choose=frames)
+
+    def load() -> RawSample:
+        return split.load_frames(split.root, sample, frames) if split.load_frames else split.load(split.root, sample)
+
     for attempt in range(ATTEMPTS - 1):
         try:
-            return load(split.root, sample)
+            return load()
         except OSError:
             time.sleep(0.2 * 4**attempt)
-    return load(split.root, sample)
+    return load()
 
 
 def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:

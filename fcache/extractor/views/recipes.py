@@ -194,7 +194,8 @@ def cut_from_json(data: Mapping[str, Any]) -> AnyCut:
         return ClipCut(place, from_json(Clip, data["clip"]), data["revision"])
     if set(data) != {"place", "looks", "revision"}:
         raise SpecError(
-            f"a cut has the fields place, looks and revision, one of a clip place, clip and revision; found {sorted(data)}"
+            "a cut has the fields place, looks and revision, that of a clip place, clip and revision; found "
+            f"{sorted(data)}"
         )
     return Cut(
         place=_part(data["place"], "placement", PLACEMENTS),

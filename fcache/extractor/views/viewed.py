@@ -28,8 +28,8 @@ from fcache.extractor.views.steps import apply_steps, show
 class ViewedSample:
     """One view of one sample.
 
-    `image` is uint8 RGB [3, *view.valid], of a clip [T, 3, *view.valid]: the padding to `view.canvas`, bottom and right,
-    is done after normalisation.
+    `image` is uint8 RGB [3, *view.valid], of a clip [T, 3, *view.valid]: the padding to `view.canvas`, at the bottom
+    and right, is done after normalisation.
     `targets` maps array paths of `cache_spec.targets` to the arrays of one record.
     """
 
