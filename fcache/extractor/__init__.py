@@ -3,7 +3,7 @@
 from fcache.extractor.datasets import dataset_names as dataset_names
 from fcache.extractor.datasets import find_dataset as find_dataset
 from fcache.extractor.engine import ExtractResult as ExtractResult
-from fcache.extractor.engine import Stopped as Stopped
+from fcache.extractor.pipeline import Stopped as Stopped
 from fcache.extractor.engine import extract as extract
 from fcache.extractor.events import Event as Event
 from fcache.extractor.events import ExtractionStarted as ExtractionStarted
