@@ -40,7 +40,8 @@ def with_batches(prepared: Prepared) -> Prepared:
         return prepared
     chosen = _chosen(new, prepared.backbone)
     groups = tuple(
-        replace(g, batch=min(chosen[g.path], g.shard_records)) if g.path in chosen else g for g in prepared.wanted.groups
+        replace(g, batch=min(chosen[g.path], g.shard_records)) if g.path in chosen else g
+        for g in prepared.wanted.groups
     )
     return replace(prepared, wanted=replace(prepared.wanted, groups=groups))
 

@@ -1,6 +1,5 @@
 """Decoding: requests in, views with targets out, in worker processes or in this one."""
 
-import multiprocessing
 import signal
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from fcache.cache_spec import DataError, View
+from fcache.extractor.children import child_context
 from fcache.extractor.datasets import DatasetSplit, RawSample, Sample
 from fcache.extractor.views import cut_view
 
@@ -144,8 +144,7 @@ class Decoders:
         self._started = []
 
     def _start(self) -> tuple[Any, Connection]:
-        # A fork of this process would copy the locks that its threads hold just now.
-        context = multiprocessing.get_context("forkserver")
+        context = child_context()
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(self._decoder, theirs), name="fcache-decoder", daemon=True)
         try:

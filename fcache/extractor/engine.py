@@ -35,7 +35,7 @@ class ExtractResult:
     seconds: float
     quarantined: Mapping[str, str]
     pending: int
-    spent: TimeSpent = TimeSpent()
+    spent: TimeSpent
 
 
 def extract(

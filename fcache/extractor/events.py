@@ -74,9 +74,7 @@ class TimeSpent:
     writing: float = 0.0
 
     def __add__(self, other: "TimeSpent") -> "TimeSpent":
-        return TimeSpent(
-            self.decoding + other.decoding, self.computing + other.computing, self.writing + other.writing
-        )
+        return TimeSpent(self.decoding + other.decoding, self.computing + other.computing, self.writing + other.writing)
 
     @property
     def total(self) -> float:

@@ -29,7 +29,7 @@ class HostCopies:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> HostCopies:
-    """Begins to copy tensors of one device; on CUDA in a stream of its own, so that the next batch is computed meanwhile.
+    """Begins to copy tensors of one device; on CUDA in a stream of its own, beside the next batch.
 
     The pinned memory comes from torch, which uses it again once the arrays are gone.
     """

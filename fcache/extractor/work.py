@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fcache.cache_spec import CacheWriter, DataError, Shard, Storage
 from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.extractor.decoding import Request
+from fcache.extractor.job import Job
 from fcache.extractor.prepare import Prepared
 
 
@@ -18,8 +19,16 @@ class Task:
     requests: tuple[Request, ...]
 
 
-def tasks_of(writer: CacheWriter, prepared: Prepared) -> list[Task]:
-    """What is to do for a job, in order. Raises DataError if the cache holds samples that the data no longer has."""
+@dataclass(frozen=True)
+class Pending:
+    """One shard and those of its parts that have no commit."""
+
+    shard: Shard
+    parts: tuple[str, ...]
+
+
+def pending_shards(writer: CacheWriter, job: Job) -> list[Pending]:
+    """What a cache lacks of a job's splits and share, in order."""
     pending: dict[tuple[str, int], list[str]] = {}
     shards: dict[tuple[str, int], Shard] = {}
     for part in writer.manifest.parts():
@@ -29,13 +38,22 @@ def tasks_of(writer: CacheWriter, prepared: Prepared) -> list[Task]:
     order = {
         (g.path, s.index): i for i, (g, s) in enumerate((g, s) for g in writer.manifest.groups for s in g.shards())
     }
-    tasks = []
-    for key in sorted(pending, key=order.__getitem__):
-        group = writer.manifest.group(key[0])
-        part = prepared.job.part
-        if group.split in prepared.splits and (part is None or order[key] % part[1] == part[0]):
-            tasks.append(Task(shards[key], tuple(pending[key]), _requests(writer, prepared, shards[key])))
-    return tasks
+    return [
+        Pending(shards[key], tuple(pending[key]))
+        for key in sorted(pending, key=order.__getitem__)
+        if writer.manifest.group(key[0]).split in job.splits
+        and (job.part is None or order[key] % job.part[1] == job.part[0])
+    ]
+
+
+def tasks_of(writer: CacheWriter, prepared: Prepared) -> list[Task]:
+    """What is to do for a job, in order. Raises DataError if the cache holds samples that the data no longer has."""
+    return [task_of(writer, prepared, p) for p in pending_shards(writer, prepared.job)]
+
+
+def task_of(writer: CacheWriter, prepared: Prepared, pending: Pending) -> Task:
+    """A shard with what is to be decoded for it. Raises as `tasks_of`."""
+    return Task(pending.shard, pending.parts, _requests(writer, prepared, pending.shard))
 
 
 def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Request, ...]:

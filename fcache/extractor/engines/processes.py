@@ -4,12 +4,11 @@ A shard whose process dies is free at once, as claims name their process: the ot
 computes nothing; it starts the others, adds up what they tell, and ends none before all are gone.
 """
 
-import multiprocessing
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from fcache.cache_spec import DataError, FcacheError, open_storage
+from fcache.extractor.children import child_context
 from fcache.extractor.devices import check_device
 from fcache.extractor.engines import Engine
 from fcache.extractor.engines.local import started
@@ -28,7 +28,6 @@ from fcache.extractor.pipeline import Stopped
 from fcache.extractor.work import tasks_of
 
 POLL_SECONDS = 0.2
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def on_devices(devices: Sequence[str]) -> Engine:
@@ -63,7 +62,7 @@ def _extract(
 class _Finished:
     """The last thing a process says: `error` is None if it did all that there was."""
 
-    error: FcacheError | Stopped | str | None
+    error: FcacheError | str | None
 
 
 @dataclass
@@ -84,16 +83,17 @@ class _Team:
         self._job, self._report = job, report
         threads = max(1, torch.get_num_threads() // max(1, sum(d == "cpu" for d in devices)))
         decoders = job.workers if job.workers is not None else -(-job.decoders // len(devices))
-        with _signals_blocked():
-            self._members = [
-                _start(replace(job, device=device, workers=decoders), threads if device == "cpu" else 0)
-                for device in devices
-            ]
+        jobs = [replace(job, device=device, workers=decoders) for device in devices]
+        self._starts = [partial(_start, j, threads if j.device == "cpu" else 0) for j in jobs]
+        self._members: list[_Member] = []
 
     def lead(self, should_stop: Callable[[], bool]) -> None:
         """Returns when everything is committed. Raises Stopped, the FcacheError of a process, DataError if all died."""
-        live, error, stopping, lost = list(self._members), None, False, ""
+        error, stopping, lost = None, False, ""
         try:
+            for start in self._starts:
+                self._members.append(start())
+            live = list(self._members)
             while live:
                 ready = wait([m.pipe for m in live], timeout=POLL_SECONDS)
                 for member in [m for m in live if m.pipe in ready]:
@@ -105,7 +105,7 @@ class _Team:
                         error = error or ended
                     elif ended is not None and not stopping:
                         lost = f"{member.device}: {ended}"
-                        self._report(WorkerLost(member.device, str(ended)))
+                        self._report(WorkerLost(member.device, ended))
                 if not stopping and (error is not None or should_stop()):
                     stopping = True
                     for member in live:
@@ -151,18 +151,8 @@ class _Team:
         open_storage(self._job.cache).sweep()
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process that starts now meets no signal before it is ready for them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(job: Job, threads: int) -> _Member:
-    context = multiprocessing.get_context("spawn")
+    context = child_context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(job, threads, theirs), name=f"fcache-{job.device}")
     process.start()
@@ -187,7 +177,6 @@ def _work(job: Job, threads: int, pipe: Connection) -> None:
     # Ctrl-C reaches every process of a terminal: the leading one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if threads:
         torch.set_num_threads(threads)
 
@@ -201,7 +190,7 @@ def _work(job: Job, threads: int, pipe: Connection) -> None:
             pipe.send(event)
 
     threading.Thread(target=listen, name="fcache-listen", daemon=True).start()
-    error: FcacheError | Stopped | str | None = None
+    error: FcacheError | str | None = None
     try:
         with open_extraction(job) as extraction:
             share(extraction, report=say, should_stop=stop.is_set)
