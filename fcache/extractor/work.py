@@ -1,13 +1,18 @@
 """The list of work: which shards and parts of a cache are still to do, and claiming them."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from fcache.cache_spec import CacheWriter, DataError, Shard, Storage
+from fcache.cache_spec.claims import claim_folder
 from fcache.cache_spec.commits import commit_path, find_commit
 from fcache.extractor.decoding import Request
 from fcache.extractor.job import Job
 from fcache.extractor.prepare import Prepared
+
+# A look at all claims and commits comes at most after so many times as long as it took.
+LOOK_SHARE = 50
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,63 @@ def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Re
 
 
 def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
-    """The tasks that this process could claim, claimed as they are asked for, without the parts done by then."""
+    """The tasks that this process could claim, claimed as they are asked for, without the parts done by then.
+
+    Where many processes share a cache, most shards of the list are another's by now: after one that is, a look at all
+    claims and commits takes the place of a question for each. What others held then is asked for at the end, one by
+    one, as its holder may be dead.
+    """
+    look, later = _Look(writer), list[Task]()
     for task in tasks:
-        if not writer.claims.acquire(task.shard.group, task.shard.index):
-            continue
-        # Another process may have finished it between the listing and the claim, or have died in the midst of it.
-        left = tuple(part for part in task.parts if not _committed(writer.storage, task.shard, part))
-        if not left:
-            writer.claims.release(task.shard.group, task.shard.index)
-            continue
-        yield replace(task, parts=left)
+        place = (task.shard.group, task.shard.index)
+        if place in look.held:
+            later.append(task)
+        elif place not in look.done:
+            if found := _claim(writer, task):
+                yield found
+            else:
+                look.again()
+    for task in later:
+        if found := _claim(writer, task):
+            yield found
+
+
+def _claim(writer: CacheWriter, task: Task) -> Task | None:
+    if not writer.claims.acquire(task.shard.group, task.shard.index):
+        return None
+    # Another process may have finished it between the listing and the claim, or have died in the midst of it.
+    left = tuple(part for part in task.parts if not _committed(writer.storage, task.shard, part))
+    if not left:
+        writer.claims.release(task.shard.group, task.shard.index)
+        return None
+    return replace(task, parts=left)
+
+
+class _Look:
+    """Which shards others held, and which were committed, when this process last looked."""
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self._writer, self._next = writer, 0.0
+        self.held: set[tuple[str, int]] = set()
+        self.done: set[tuple[str, int]] = set()
+
+    def again(self) -> None:
+        """Looks, unless that would take a notable share of the time."""
+        started = time.monotonic()
+        if started < self._next:
+            return
+        manifest, names = self._writer.manifest, self._writer.storage.names
+        self.held, self.done = set(), set()
+        for group in manifest.groups:
+            self.held |= {(group.path, i) for i in _numbers(names(claim_folder(group.path)))}
+            parts = [set(_numbers(names(commit_path(group.path, p, 0).rpartition("/")[0]))) for p in manifest.parts()]
+            self.done |= {(group.path, i) for i in set.intersection(*parts)}
+        now = time.monotonic()
+        self._next = now + LOOK_SHARE * (now - started)
+
+
+def _numbers(names: Iterable[str]) -> Iterator[int]:
+    return (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
 
 def _committed(storage: Storage, shard: Shard, part: str) -> bool:

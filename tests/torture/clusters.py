@@ -4,7 +4,9 @@ import json
 import os
 from contextlib import contextmanager, suppress
 
-from distributed import WorkerPlugin
+import dask
+from distributed import LocalCluster, WorkerPlugin
+from distributed.utils import get_mp_context
 
 from tests.torture.children import CONTEXT
 from tests.torture.test_shared_extractions import observe
@@ -12,15 +14,10 @@ from tests.torture.test_shared_extractions import observe
 
 def _serve(port, workers, pipe):
     os.setpgid(0, 0)
-    import dask
-
-    # Read when distributed is first imported: workers, of which many are killed, are forked from a server.
+    # Workers, of which many are killed, are forked from a server; dask makes a list of its own first.
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-    import distributed
-    from distributed.utils import mp_context
-
-    mp_context.set_forkserver_preload(["distributed", "fcache.extractor.engines.cluster", "tests.torture.clusters"])
-    with distributed.LocalCluster(
+    get_mp_context().set_forkserver_preload(["tests.torture.clusters", "fcache.extractor.engines.cluster"])
+    with LocalCluster(
         n_workers=workers, threads_per_worker=1, host="127.0.0.1", scheduler_port=port, dashboard_address=None,
         memory_limit=0, silence_logs=50,
     ) as cluster:  # fmt: skip

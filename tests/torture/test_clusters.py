@@ -50,7 +50,8 @@ def test_a_cluster_whose_workers_are_killed_ends_with_the_bytes_of_one_process(j
                         result = extract(shared, report=done.append, engine=on_cluster(address, device="cpu"))
                         break
                     except DataError as e:
-                        assert "dask gave up on a shard" in str(e)
+                        if "dask gave up on a shard" not in str(e):
+                            raise
                         counts["runs that dask gave up and that were continued"] += 1
             finally:
                 stop.set()

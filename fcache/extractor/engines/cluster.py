@@ -8,7 +8,7 @@ again has equal bytes. This module imports distributed, which the other engines 
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -56,18 +56,18 @@ def _extract(
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as e:
         raise DataError(f"no dask scheduler answers at {address}: {e}; start one (`dask scheduler`)") from e
-    with client:
-        # A name of this client's own: two commands on one cluster do not meet.
-        name = f"fcache-{client.id}"
-        run = _Run(client, address, name, job, report, should_stop)
-        try:
-            client.register_plugin(OnWorker(job, device), name=name)
-            run.lead()
-        except (OSError, TimeoutError) as e:
-            raise run.scheduler_lost() from e
-        finally:
-            with suppress(Exception):
-                client.unregister_worker_plugin(name)
+    # A name of this client's own: two commands on one cluster do not meet.
+    run = _Run(client, address, f"fcache-{client.id}", job, report, should_stop)
+    try:
+        client.register_plugin(OnWorker(job, device), name=run.name)
+        run.lead()
+    except (OSError, TimeoutError) as e:
+        raise run.scheduler_lost() from e
+    finally:
+        # One that is gone would be waited for, again at every call.
+        if there := client.status == "running":
+            client.unregister_worker_plugin(run.name)
+        client.close(timeout=CONNECT_SECONDS if there else 0.1)
 
 
 class OnWorker(WorkerPlugin):
@@ -180,7 +180,7 @@ class _Run:
     def lead(self) -> None:
         """Returns when everything is committed. Raises Stopped, FcacheError."""
         flying: set[Future] = set()
-        ready = as_completed(())
+        ready = as_completed((), loop=self.client.loop)
         try:
             self._fly(ready, flying, [partial(_begin, self.name)])
             storage = open_storage(self.job.cache)
@@ -195,12 +195,12 @@ class _Run:
         except Stopped:
             self.client.run(_stop, self.name)
             while flying:
-                self._land(ready, flying)
+                if not self._land(ready, flying):
+                    time.sleep(POLL_SECONDS)
             raise
         finally:
-            for future in flying:
-                future.cancel()
-            ready.clear()
+            if flying and self.client.status == "running":
+                self.client.cancel(list(flying))
 
     def _fly(self, ready: as_completed, flying: set[Future], calls: list[Callable[[], Answer]]) -> None:
         """Runs calls on the workers, a few more at a time than there are threads, until all have answered."""
@@ -229,7 +229,7 @@ class _Run:
             except KilledWorker as e:
                 raise DataError(
                     f"dask gave up on a shard: {e.allowed_failures + 1} workers died while they had it, perhaps for "
-                    "lack of memory; give them more or lower --batch-size and --workers, then run the same command again"
+                    "lack of memory; give them more, or lower --batch-size and --workers, and run the same again"
                 ) from e
             finally:
                 future.release()
