@@ -27,7 +27,9 @@ def skeleton(architecture: Architecture, size: Size) -> nn.Module:
         raise SpecError(f"{architecture.family} cannot be built for {size[0]}x{size[1]}: {error}") from error
 
 
-def placed(architecture: Architecture, state: State, device: torch.device, precision: str) -> dict[str, Tensor]:
+def placed(
+    architecture: Architecture, state: dict[str, Tensor], device: torch.device, precision: str
+) -> dict[str, Tensor]:
     """`state` on a device, in the types that a forward in `precision` reads: taken out of `state`, which ends empty."""
     found: dict[str, Tensor] = {}
     for name in list(state):

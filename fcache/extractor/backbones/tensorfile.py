@@ -33,8 +33,8 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _ALIGNMENT = 8
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name, in memory of their own and in the types of the file.
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a .safetensors file in its order, each in memory of its own and in the type of the file.
 
     Raises DataError for a type that torch cannot compute with, safetensors.SafetensorError for a file of another form.
     """
@@ -45,19 +45,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        found: dict[str, Tensor] = {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in _TYPES:
                 raise DataError(f"{path}: {name!r} has the type {entry['dtype']}; known are {', '.join(_TYPES)}")
             tensor = torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]])
             file.seek(8 + length + entry["data_offsets"][0])
             _fill(file, _bytes(tensor), path)
-            found[name] = tensor
-    return found
+            yield name, tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors of the CPU as a .safetensors file, which appears whole or not at all. Raises OSError."""
+    """Writes tensors of the CPU as a .safetensors file, which appears whole or not at all.
+
+    Raises DataError for a type that such a file does not have, OSError if it cannot be written.
+    """
     header = json.dumps(dict(_entries(tensors)), separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -76,6 +77,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
     offset = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise DataError(f"{name!r} has the type {tensor.dtype}; a weights file takes {', '.join(_TYPES)}")
         size = math.prod(tensor.shape) * tensor.element_size()
         yield (
             name,

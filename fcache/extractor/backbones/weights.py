@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,14 @@ def weights_digest(state: State) -> str:
 
     Half precision counts as the float32 numbers that it holds.
     """
+    return digest_in_order((name, state[name]) for name in sorted(state))
+
+
+def digest_in_order(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`weights_digest` of named tensors that come in the order of their names."""
     sha = hashlib.sha256()
-    for name in sorted(state):
-        array = _as_float32(state[name].detach()).contiguous().numpy()
+    for name, tensor in tensors:
+        array = _as_float32(tensor.detach()).contiguous().numpy()
         sha.update(f"{name} {array.dtype.str} {list(array.shape)}\n".encode())
         sha.update(array.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
@@ -116,7 +121,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise DataError(f"there is no weights file {path}")
     try:
         if path.suffix == ".safetensors":
-            return read_tensors(path)
+            return dict(read_tensors(path))
         # Official checkpoints keep their command line beside the weights; a Namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
