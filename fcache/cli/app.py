@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "Check that a cache is complete and unharmed.",
     "repair": "Extract damaged shards anew, and only those.",
     "copy": "Copy a cache to another folder or object store.",
+    "convert": "Make a weights file of a checkpoint.",
     "gc": "List and remove what nothing needs.",
     "doctor": "Check this machine and say what to do about each problem.",
 }

@@ -16,7 +16,7 @@ OPTIONS = (
     click.option(
         "--model",
         required=True,
-        help="swinv2-t, -s, -b, -l, vit-b-det, vit-l-det, or any timm name.",
+        help="swinv2-t, -s, -b, -l, -g, vit-b-det, vit-l-det, or any timm name.",
         metavar="NAME",
     ),
     click.option(

@@ -14,6 +14,8 @@ from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
 from fcache.cache_spec import LevelSpec, SpecError, unknown_name
+from fcache.extractor.backbones import giant
+from fcache.extractor.backbones.attention import product_weights
 from fcache.extractor.backbones.local import attend_locally, quarter_blocks, takes_local_windows
 from fcache.extractor.backbones.windows import correct_windows, pretrained_windows
 
@@ -22,6 +24,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "swinv2-s": "swinv2_small_window8_256.ms_in1k",
     "swinv2-b": "swinv2_base_window12_192.ms_in22k",
     "swinv2-l": "swinv2_large_window12_192.ms_in22k",
+    giant.SHORT_NAME: giant.NAME,
     "vit-b-det": "vit_base_patch16_224.mae",
     "vit-l-det": "vit_large_patch16_224.mae",
 }
@@ -55,7 +58,8 @@ class Architecture:
     otherwise one construction, at the native size, serves all. `unused` are the parameters of the full model that no
     feature depends on: final norms and heads. `taps` are in the order of computation; `plain` means that all have the
     same stride. `data` is timm's preprocessing (mean, std, interpolation, input_size). With `local_window` a plain ViT
-    attends within windows of so many tokens a side, in all but four blocks.
+    attends within windows of so many tokens a side, in all but four blocks. `products` are the parameters that a
+    forward under autocast reads as bfloat16 and never otherwise, where that is known: in Swin V2.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Architecture:
     plain: bool
     data: Mapping[str, Any]
     local_window: int | None = None
+    products: frozenset[str] = frozenset()
 
     @property
     def family(self) -> str:
@@ -167,21 +172,22 @@ def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tup
 
 @functools.lru_cache(maxsize=16)
 def find_architecture(model: str, window: int | tuple[int, ...] | None = None) -> Architecture:
-    """The architecture of a short name (`SHORT_NAMES`) or a timm name, with or without a tag.
+    """The architecture of a short name (`SHORT_NAMES`) or a timm name, with or without a tag; SwinV2-G takes options.
 
     `window` replaces the windows of a windowed transformer: one size in tokens, or one a stage. For a plain ViT it is
     the window of all blocks but four (see `local`). Raises SpecError for
     an unknown name (with the nearest ones), for a model without intermediate features and for a window that does not
     fit.
     """
-    name = _timm_name(model)
+    named, options = giant.parse_giant(model)
+    name = _timm_name(named)
     window = _SHORT_WINDOWS.get(model) if window is None else window
     with torch.device("meta"):
-        full: Any = timm.create_model(name, pretrained=False)
+        full: Any = timm.create_model(name, pretrained=False, **options)
     if not hasattr(full, "forward_intermediates") or not hasattr(full, "prune_intermediate_layers"):
         raise SpecError(f"{model} gives no intermediate features in timm {timm.__version__}; choose another model")
     parameters = inspect.signature(type(full).__init__).parameters
-    creation: dict[str, Any] = {}
+    creation: dict[str, Any] = dict(options)
     if "drop_path_rate" in parameters:
         creation["drop_path_rate"] = 0.0
     # Swin takes dynamic_img_size too, but keeps the windows and shifts of the size it was built for.
@@ -209,6 +215,7 @@ def find_architecture(model: str, window: int | tuple[int, ...] | None = None) -
         plain=plain,
         data=data,
         local_window=local,
+        products=product_weights(used),
     )
     fixed = "img_size" in parameters and not dynamic and not _takes_other_sizes(used, architecture)
     return replace(architecture, per_size=fixed)

@@ -1,13 +1,12 @@
 """A frozen backbone: images in, a feature pyramid out, for any timm model with intermediate features."""
 
 import functools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcache.cache_spec import BackboneSpec, LevelSpec, SpecError, to_json
 from fcache.cache_spec.spec import PRECISIONS
@@ -15,19 +14,16 @@ from fcache.extractor.backbones.architecture import (
     Architecture,
     Size,
     Tap,
-    build,
     choose_taps,
     find_architecture,
     level_specs,
     run_taps,
 )
+from fcache.extractor.backbones.construction import constructor, exact_arithmetic, placed, skeleton
 from fcache.extractor.backbones.local import PAD_MODE as LOCAL_PAD_MODE
 from fcache.extractor.backbones.local import quarter_blocks
-from fcache.extractor.backbones.weights import State, Weights, adapt, load_weights
+from fcache.extractor.backbones.weights import Weights, load_weights
 from fcache.extractor.backbones.windows import PAD_MODE, windows_in_use
-
-# Constructions kept at once. They share their weights; each has its own shift masks and position tables.
-_KEPT_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -79,16 +75,15 @@ def load_backbone(
     taps = choose_taps(architecture, levels)
     levels_at = _level_reader(architecture, taps)
     usual = levels_at(input_size)
-    loaded = load_weights(architecture, weights)
-    state = {name: tensor.to(device) for name, tensor in loaded.state.items()}
-    construct = _constructor(architecture, state)
+    loaded = load_weights(architecture, weights, halves=precision == "bf16")
+    construct = constructor(architecture, placed(architecture, loaded.state, device, precision), precision)
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         canvas = (int(images.shape[-2]), int(images.shape[-1]))
         levels_at(canvas)
         network = construct(canvas)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), _exact_arithmetic(), autocast:
+        with torch.inference_mode(), exact_arithmetic(), autocast:
             maps = run_taps(network, images, taps)
         # Copied outside inference mode, so that a head may train on them.
         return {name: x.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for name, x in maps.items()}
@@ -105,7 +100,7 @@ def load_backbone(
 
 
 def _level_reader(architecture: Architecture, taps: tuple[Tap, ...]) -> Callable[[Size], tuple[LevelSpec, ...]]:
-    skeleton = functools.lru_cache(maxsize=1)(functools.partial(_skeleton, architecture))
+    built = functools.lru_cache(maxsize=1)(functools.partial(skeleton, architecture))
 
     @functools.cache
     def read(height: int, width: int) -> tuple[LevelSpec, ...]:
@@ -118,75 +113,9 @@ def _level_reader(architecture: Architecture, taps: tuple[Tap, ...]) -> Callable
                 f" the nearest is {near[0]}x{near[1]}"
             )
         size = (height, width) if architecture.per_size else architecture.native_size
-        return level_specs(skeleton(size), (height, width), taps)
+        return level_specs(built(size), (height, width), taps)
 
     return lambda canvas: read(int(canvas[0]), int(canvas[1]))
-
-
-def _skeleton(architecture: Architecture, size: Size) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return build(architecture, size)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise SpecError(f"{architecture.family} cannot be built for {size[0]}x{size[1]}: {error}") from error
-
-
-def _constructor(architecture: Architecture, state: State) -> Callable[[Size], nn.Module]:
-    """The model for a canvas; all canvases share the tensors of `state`, apart from resampled position tables."""
-
-    @functools.lru_cache(maxsize=_KEPT_SIZES)
-    def construct(size: Size) -> nn.Module:
-        model = _skeleton(architecture, size)
-        device = next(iter(state.values())).device
-        # A caller's autocast must not reach the tables that are computed here and kept.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            fitted = adapt(state, model, architecture) if architecture.per_size else state
-            model.load_state_dict(fitted, strict=True, assign=True)
-            _fill_buffers(model, device)
-        return model.requires_grad_(False)
-
-    return construct if architecture.per_size else lambda size: construct(architecture.native_size)
-
-
-def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Real values for the buffers that no state dict holds: shift masks, position indices, rotary tables."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(module, name, torch.full_like(buffer, _blank(buffer.dtype), device=device))
-    for module in model.modules():
-        compute: Any = getattr(module, "init_non_persistent_buffers", None)
-        if compute is not None:
-            compute()
-
-
-def _blank(dtype: torch.dtype) -> float | int:
-    """A value that shows where a module forgot to compute a buffer: not a number, or an index out of range."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    return 1 if dtype == torch.bool else torch.iinfo(dtype).max
-
-
-@contextmanager
-def _exact_arithmetic() -> Generator[None, None, None]:
-    """No reduced-precision float32 products and no choice of kernels by timing, whatever the process has set."""
-    backends: Any = torch.backends
-    wanted = (
-        (backends.cuda.matmul, "fp32_precision", "ieee"),
-        (backends.cudnn.conv, "fp32_precision", "ieee"),
-        (backends.mkldnn.matmul, "fp32_precision", "ieee"),
-        (backends.mkldnn.conv, "fp32_precision", "ieee"),
-        (backends.cudnn, "benchmark", False),
-        (backends.cudnn, "deterministic", True),
-    )
-    before = [getattr(owner, name) for owner, name, _ in wanted]
-    for owner, name, value in wanted:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name, _), value in zip(wanted, before, strict=True):
-            setattr(owner, name, value)
 
 
 def _spec(
@@ -204,6 +133,9 @@ def _spec(
     if architecture.windowed:
         arguments["windows"] = windows
         arguments["pad_mode"] = PAD_MODE
+    if architecture.products and precision == "bf16":
+        # Strict float32 has timm's numbers, to which nothing need be added.
+        arguments["position_bias"] = "float32"
     if architecture.plain:
         arguments["prefix_tokens"] = "dropped"
         if architecture.local_window is not None:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from timm.layers import use_fused_attn
 
+from fcache.extractor.backbones.attention import REVISION, STEPWISE_TOKENS
+from fcache.extractor.backbones.products import has_bf16_products
+
 _PACKAGES = ("torch", "timm", "torchvision", "Pillow", "numpy")
 
 
@@ -23,7 +26,7 @@ def fingerprint(device: torch.device | str, *, precision: str = "bf16") -> dict[
         "threads": torch.get_num_threads(),
         # Every forward of a backbone runs with it off, whatever the process has set.
         "tf32": False,
-        "attention": _attention_path(device),
+        "attention": _attention_path(device, precision),
         "autocast": "bfloat16" if precision == "bf16" else "off",
     }
 
@@ -48,8 +51,8 @@ def _cpu_model(device: torch.device) -> dict[str, Any]:
     return {"type": device.type, "model": name, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
-def _attention_path(device: torch.device) -> dict[str, Any]:
-    """Whether plain ViTs call the fused attention, and which kernels torch may choose for it."""
+def _attention_path(device: torch.device, precision: str) -> dict[str, Any]:
+    """Whether plain ViTs call the fused attention, which kernels torch may choose for it, and what Swin V2 does."""
     kernels = []
     if device.type == "cuda":
         switches = {
@@ -59,4 +62,10 @@ def _attention_path(device: torch.device) -> dict[str, Any]:
             "math": torch.backends.cuda.math_sdp_enabled(),
         }
         kernels = [name for name, enabled in switches.items() if enabled]
-    return {"fused": bool(use_fused_attn()), "kernels": kernels}
+    rounded = precision == "bf16" and not has_bf16_products(device)
+    swinv2 = {
+        "revision": REVISION,
+        "stepwise_tokens": STEPWISE_TOKENS if precision == "fp32" else 0,
+        "products": "bfloat16 in float32" if rounded else "own",
+    }
+    return {"fused": bool(use_fused_attn()), "kernels": kernels, "swinv2": swinv2}

@@ -4,20 +4,23 @@ import argparse
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import timm
 import torch
 from torch import Tensor, nn
 
 from fcache.cache_spec import DataError, SpecError
+from fcache.extractor.backbones import giant
 from fcache.extractor.backbones.architecture import Architecture, build
 from fcache.extractor.backbones.checkpoints import convert, drop_unused, unwrap
+from fcache.extractor.backbones.draws import draw_weights
+from fcache.extractor.backbones.tensorfile import read_tensors
 
 State = Mapping[str, Tensor]
 
@@ -29,43 +32,55 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters and persistent buffers of an architecture at its native size, on the CPU, floats as float32.
+    """The parameters and persistent buffers of an architecture at its native size, on the CPU.
 
-    `sha256` digests names, types, shapes and bytes in the order of the names; `random` is the text "random:SEED" of
-    weights that were never trained, else None.
+    Floats are float32, or bfloat16 where that was asked for and the source has it. `sha256` digests names, types,
+    shapes and bytes in the order of the names, of floats as float32; `random` is the text "random:SEED" of weights that
+    were never trained, else None.
     """
 
-    state: State
+    state: dict[str, Tensor]
     sha256: str
     random: str | None
 
 
-def load_weights(architecture: Architecture, source: str) -> Weights:
+def load_weights(architecture: Architecture, source: str, *, halves: bool = False) -> Weights:
     """The weights that `source` names: a file, "pretrained" (timm's hub) or "random:SEED".
+
+    With `halves` the parameters in `architecture.products` stay bfloat16 if they are: 6 GB of a giant model, not 12.
 
     Raises SpecError for a `source` of no such form, DataError if the file or the hub cannot be read or if the
     weights do not fit the architecture exactly.
     """
+    kept: frozenset[str] = architecture.products if halves else frozenset()
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdecimal():
             raise SpecError(f"random weights are named by a seed from 0, as random:0, got {source!r}")
-        state = _complete(_draw(architecture, int(seed)))
+        state = _complete(draw_weights(architecture, int(seed)), kept, copy=False)
         return Weights(state, weights_digest(state), f"random:{int(seed)}")
-    with torch.device("meta"):
-        model = build(architecture, None)
     if source == "pretrained":
-        state = _fit(_download(architecture), model, architecture, f"the public weights of {architecture.name}")
+        state = fit(_download(architecture), architecture, f"the public weights of {architecture.name}")
     else:
-        state = _fit(read_checkpoint(Path(source)), model, architecture, source)
+        state = fit(read_checkpoint(Path(source)), architecture, source)
+    # What torch loads may be a map of a file that changes later.
+    state = _complete(state, kept, copy=Path(source).suffix in _SUFFIXES[1:])
     return Weights(state, weights_digest(state), None)
 
 
 def weights_digest(state: State) -> str:
-    """SHA-256 (hex) over name, type, shape and bytes of every tensor (on the CPU), in the order of the names."""
+    """SHA-256 (hex) over name, type, shape and bytes of every tensor (on the CPU), in the order of the names.
+
+    Half precision counts as the float32 numbers that it holds.
+    """
+    return digest_in_order((name, state[name]) for name in sorted(state))
+
+
+def digest_in_order(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`weights_digest` of named tensors that come in the order of their names."""
     sha = hashlib.sha256()
-    for name in sorted(state):
-        array = state[name].detach().contiguous().numpy()
+    for name, tensor in tensors:
+        array = _as_float32(tensor.detach()).contiguous().numpy()
         sha.update(f"{name} {array.dtype.str} {list(array.shape)}\n".encode())
         sha.update(array.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
@@ -106,7 +121,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise DataError(f"there is no weights file {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return dict(read_tensors(path))
         # Official checkpoints keep their command line beside the weights; a Namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -119,8 +134,13 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise DataError(f"{path} cannot be read as weights: {error}; fetch the file again") from error
 
 
-def _fit(checkpoint: Mapping[str, Any], model: nn.Module, architecture: Architecture, where: str) -> State:
-    """The tensors of `checkpoint` under the names of `model`, all of them and no others. Raises DataError if not."""
+def fit(checkpoint: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Tensor]:
+    """The tensors of `checkpoint` under the names of `architecture`, all of them and no others, in their own types.
+
+    `where` says where they come from. Raises DataError if they do not fit.
+    """
+    with torch.device("meta"):
+        model = build(architecture, None)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     flat = unwrap(checkpoint, expected)
     if flat is None:
@@ -142,7 +162,7 @@ def _fit(checkpoint: Mapping[str, Any], model: nn.Module, architecture: Architec
             f" It looks like {_described(flat)}{f' ({cause!r})' if cause else ''}."
             " Give the weights of this architecture, or name the model that they belong to"
         ) from cause
-    return _complete({n: found[n] for n in expected if n in found} | dict(_counters(model)))
+    return {n: found[n] for n in expected if n in found} | dict(_counters(model))
 
 
 def _fits(name: str, found: Any, expected: tuple[int, ...], source_sizes: set[int]) -> bool:
@@ -160,14 +180,20 @@ def _counters(model: nn.Module) -> State:
     }
 
 
-def _complete(state: State) -> State:
-    """Owned copies: aligned memory whatever the file, and no map of a file that may change."""
-    return {
-        name: tensor.detach()
-        .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-        .contiguous()
-        for name, tensor in sorted(state.items())
-    }
+def _complete(state: dict[str, Tensor], kept: frozenset[str], *, copy: bool) -> dict[str, Tensor]:
+    """The tensors in order, floats as float32 but for those `kept` as bfloat16: taken out of `state`, one by one."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(state):
+        given = state.pop(name).detach().to("cpu")
+        tensor = given if name in kept and given.dtype == torch.bfloat16 else _as_float32(given)
+        if copy and tensor is given:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        found[name] = tensor.contiguous()
+    return found
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _listed(what: str, names: list[str]) -> str:
@@ -181,6 +207,11 @@ def _described(flat: Mapping[str, Any]) -> str:
 
 
 def _download(architecture: Architecture) -> State:
+    if architecture.family == giant.NAME:
+        raise SpecError(
+            f"no weights of {giant.SHORT_NAME} are public; give a file of your own (--weights FILE; `fcache convert` "
+            "makes one of a checkpoint), random:0 for trials and benchmarks, or take swinv2-l"
+        )
     if not timm.models.is_model_pretrained(architecture.name):
         raise SpecError(f"timm knows no public weights of {architecture.name}; give a file, or random:0 for a trial")
     try:
@@ -190,26 +221,3 @@ def _download(architecture: Architecture) -> State:
             f"the public weights of {architecture.name} could not be fetched from the hub "
             f"({type(error).__name__}: {error}); fetch them elsewhere and give the file"
         ) from error
-
-
-def _draw(architecture: Architecture, seed: int) -> State:
-    """Random weights of an architecture whose blocks all do something, a pure function of the seed on one torch."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.manual_seed(seed)
-        model = build(architecture, None)
-        for name, parameter in model.named_parameters():
-            last = name.rsplit(".", 1)[-1]
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            if "Norm" in owner:
-                # Swin V2 starts with norms of zero, and so as the identity.
-                if last == "bias":
-                    parameter.normal_(0, 0.05)
-                else:
-                    parameter.uniform_(0.5, 1.5)
-            elif last.startswith("gamma") or owner.startswith("LayerScale"):
-                parameter.uniform_(0.5, 1.5)
-            elif "cpb_mlp" in name or "meta_mlp" in name:
-                parameter.normal_(0, 0.3)
-            elif architecture.windowed and last.endswith("bias"):
-                parameter.normal_(0, 0.05)
-        return model.state_dict()

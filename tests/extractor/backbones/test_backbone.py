@@ -111,7 +111,7 @@ def test_a_model_that_only_takes_a_larger_input_keeps_the_wrong_window_in_its_la
 
 
 def test_going_back_to_a_canvas_gives_the_same_bits_after_many_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fcache.extractor.backbones.backbone._KEPT_SIZES", 2)
+    monkeypatch.setattr("fcache.extractor.backbones.construction._KEPT_SIZES", 2)
     backbone = load_backbone("tiny_swinv2_window4_64", weights="random:0", input_size=(64, 64), precision="fp32")
     images = torch.randn(1, 3, 96, 64)
     first = backbone.forward(images)
@@ -311,11 +311,12 @@ def test_a_short_name_is_its_timm_name() -> None:
     name = SHORT_NAMES["swinv2-t"]
     assert find_architecture("swinv2-t") == find_architecture(name)
     assert find_architecture("swinv2-t").family == "swinv2_tiny_window8_256"
-    assert {k: v.split(".")[1] for k, v in SHORT_NAMES.items()} == {
+    assert {k: v.partition(".")[2] for k, v in SHORT_NAMES.items()} == {
         "swinv2-t": "ms_in1k",
         "swinv2-s": "ms_in1k",
         "swinv2-b": "ms_in22k",
         "swinv2-l": "ms_in22k",
+        "swinv2-g": "",
         "vit-b-det": "mae",
         "vit-l-det": "mae",
     }

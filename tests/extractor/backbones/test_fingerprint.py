@@ -18,6 +18,8 @@ def test_a_fingerprint_is_json_data_that_names_versions_device_and_numerics() ->
     assert found["autocast"] == "off"
     assert found["tf32"] is False
     assert fingerprint("cpu")["autocast"] == "bfloat16"
+    assert found["attention"]["swinv2"] == {"revision": 1, "stepwise_tokens": 256, "products": "own"}
+    assert fingerprint("cpu")["attention"] != found["attention"]
     assert fingerprint("cpu") == fingerprint(torch.device("cpu"))
 
 

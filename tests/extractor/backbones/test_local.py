@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fcache.cache_spec import SpecError
 from fcache.extractor.backbones import load_backbone
 from fcache.extractor.backbones.architecture import choose_taps, find_architecture, level_specs, run_taps
-from fcache.extractor.backbones.backbone import _skeleton
+from fcache.extractor.backbones.construction import skeleton
 from fcache.extractor.backbones.local import _attend, attend_locally, quarter_blocks
 
 # Blocks 1, 3, 5 and 7 see the whole map.
@@ -98,7 +98,7 @@ def test_the_papers_models_give_four_maps_of_stride_16(
     architecture = find_architecture(model)
     assert architecture.local_window == 14
     assert architecture.family.endswith("patch16_224")
-    network = _skeleton(architecture, architecture.native_size)
+    network = skeleton(architecture, architecture.native_size)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.05)
     taps = choose_taps(architecture, None)
     assert quarter_blocks(len(architecture.taps)) == blocks
