@@ -71,7 +71,7 @@ def open_split(root: Path, split: str) -> DatasetSplit:
         kind="instances",
         dataset="coco",
         class_names=tuple(found.categories.values()),
-        conversion={"category_ids": list(found.categories)},
+        conversion={"category_ids": list(found.categories), "boxes_of_cut_objects": "round the mask"},
     )
     labels = {category: label for label, category in enumerate(found.categories)}
     return DatasetSplit(

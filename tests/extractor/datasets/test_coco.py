@@ -88,7 +88,7 @@ def test_objects_have_classes_in_the_order_of_category_ids(write: Write) -> None
     split = open_split("coco", root, "train")
     (target,) = split.targets
     assert (target.kind, target.class_names) == ("instances", ("bicycle", "träin", "brush"))
-    assert target.conversion == {"category_ids": [2, 7, 90]}
+    assert target.conversion == {"category_ids": [2, 7, 90], "boxes_of_cut_objects": "round the mask"}
     assert [(s.id, s.path) for s in split.samples] == [
         ("000000000009", "train2017/naïve.jpg"),
         ("000000000040", "train2017/forty.jpg"),
