@@ -38,7 +38,7 @@ def view_instances(found: Instances, drawn: Drawn, canvas: Size, role: str) -> d
     limits = np.array(drawn.frame.valid[::-1], dtype=np.float64)
     whole = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
     boxes = np.clip(whole, 0, np.tile(limits, 2))
-    cut = (np.abs(whole - boxes) > _ROUNDING).any(axis=1)
+    cut = np.any(np.abs(whole - boxes) > _ROUNDING, axis=1)
     kept = np.flatnonzero(((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1))
     rows, columns = indices(drawn.frame, 0), indices(drawn.frame, 1)
     parts = [_part(found, i, rows, columns, drawn.frame.flipped) for i in kept.tolist()]
