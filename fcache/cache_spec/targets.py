@@ -53,10 +53,10 @@ def _instances(limits: Limits, canvas: tuple[int, int], role: str) -> tuple[Arra
     """One entry for every annotated object that the view shows, crowds included, in the order of the source.
 
     An object is left out if less than one pixel of its mask, or less than one pixel of its box's width or height, lies
-    in the view. Boxes are (x0, y0, x1, y1) in pixels of the view: the annotated box mapped by `View.to_view` and
-    clipped to the valid part, so it is tight round the mask only as far as the annotation is. Labels count from 0 in
-    the order of `TargetSpec.class_names`; `area` is that of the mask in the view; ids are the source's. Masks are
-    compressed run lengths of COCO at the canvas's size.
+    in the view. Boxes are (x0, y0, x1, y1) in pixels of the view: the annotated box mapped by `View.to_view`, or, where
+    that exceeds the valid part, the box round what the view shows of the mask. Labels count from 0 in the order of
+    `TargetSpec.class_names`; `area` is that of the mask in the view; ids are the source's. Masks are compressed run
+    lengths of COCO at the canvas's size.
 
     The ground truth is UTF-8 JSON, {"image": {"id", "height", "width"}, "annotations": [{"id", "image_id",
     "category_id", "bbox", "area", "iscrowd", "segmentation": {"size", "counts"}}, …]}: all annotations of the image at

@@ -25,6 +25,8 @@ Examples:
   fcache train-head --cache ade.fcache --head upernet --head 'upernet:neck=bifpn,layers=5'
   fcache train-head --cache ade.fcache --head mask2former:pixel_blocks=1,decoder_blocks=3
   fcache train-head --cache coco.fcache --head maskrcnn:neck=bifpn,layers=5 --recipe coco-maskrcnn-frozen
+  fcache train-head --cache coco.fcache --head=maskrcnn:lr={1e-4,2e-4},weight_decay={0.05,0.1}
+                                        a sweep in one pass: the shell makes four heads of it
   fcache train-head --cache ade.fcache --head upernet --seed 1 --subset 10% --out runs/tenth
   fcache train-head … --resume          continue after a kill, to the same weights
   fcache train-head … --follow          train while `fcache extract` still writes the cache
@@ -47,7 +49,7 @@ Exit status: 1 if a head stopped (the others are trained), 3 if the cache was pa
     "--head",
     "heads",
     multiple=True,
-    help="A head, with options or not; may be repeated. By default the recipe's.",
+    help="A head, with options and training settings (lr=1e-4) or not; may be repeated. By default the recipe's.",
     metavar="NAME[:OPTION=VALUE,…]",
 )
 @click.option("--recipe", help="Training settings, shipped or in a TOML file.", metavar="NAME|FILE")

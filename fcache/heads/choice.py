@@ -1,14 +1,17 @@
-"""A head as chosen by a user: text such as `upernet:width=64,aux=true`, parsed, typed and resolved for a source."""
+"""A head as chosen by a user: text such as `upernet:width=64,lr=1e-4`, parsed, typed and resolved for a source."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fcache.cache_spec import LevelSpec, SourceInfo, SpecError, TargetSpec, unknown_name
-from fcache.heads.config import TrainConfig, typed
+from fcache.heads.config import HEAD_FIELDS, TrainConfig, typed
 from fcache.heads.head import Head, HeadInput
 from fcache.heads.tasks import find_head, resolve_name
+
+_SHARED = frozenset(f.name for f in dataclasses.fields(TrainConfig)) - HEAD_FIELDS
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,24 @@ def parse_head(text: str) -> tuple[str, dict[str, str]]:
 
 
 def choose_head(text: str, info: SourceInfo, config: TrainConfig) -> HeadChoice:
-    """The head that `text` names, for a source; options in the text come before those of the config's section.
+    """The head that `text` names, for a source; options in the text come before those of the config's section, and so
+    do settings of its training (HEAD_FIELDS).
 
-    Raises SpecError for an unknown or ambiguous name, an unknown option, a value of a wrong type, absent targets, or
-    what the head itself refuses.
+    Raises SpecError for an unknown or ambiguous name, an unknown option, a setting that all heads share, a value of a
+    wrong type, absent targets, or what the head itself refuses.
     """
     short, own = parse_head(text)
     name = resolve_name(short, [t.kind for t in info.targets])
     defaults = find_head(name).options
-    train, configured = config.for_head(name)
-    given = {**configured, **own}
+    train, given = config.for_head(name, own)
     for option in given:
+        if option in _SHARED and option not in defaults:
+            raise SpecError(
+                f"{option} is the same for all heads of one training, it cannot be set for {text.strip()!r} alone; "
+                f"give --set {option}={given[option]}, or trainings of their own"
+            )
         if option not in defaults:
-            raise unknown_name(f"option of head {name!r}:", option, defaults)
+            raise unknown_name(f"option of head {name!r}:", option, {*defaults, *HEAD_FIELDS})
     options = {o: typed(f"option {o!r} of head {name!r}", given.get(o, d), like=d) for o, d in defaults.items()}
     choice = HeadChoice(name=name, label=text.strip(), options=options, train=train)
     choice.head.check(choice.inputs(info), options)
@@ -93,12 +101,16 @@ def choose_head(text: str, info: SourceInfo, config: TrainConfig) -> HeadChoice:
 
 
 def choose_heads(texts: Sequence[str], info: SourceInfo, config: TrainConfig) -> tuple[HeadChoice, ...]:
-    """`choose_head` for each text. Raises SpecError also if two of them would share a run's folder."""
+    """`choose_head` for each text. Raises SpecError also if two of them say the same, or would share a run's folder."""
     choices = tuple(choose_head(text, info, config) for text in texts)
-    folders = [c.folder for c in choices]
-    for choice in choices:
-        if folders.count(choice.folder) > 1:
-            raise SpecError(f"head {choice.label!r} is given twice; each head of one run needs options of its own")
+    for i, choice in enumerate(choices):
+        for other in choices[:i]:
+            if choice.folder == other.folder:
+                raise SpecError(f"head {choice.label!r} is given twice; each head of one run needs options of its own")
+            if dataclasses.replace(choice, label=other.label) == other:
+                raise SpecError(
+                    f"heads {other.label!r} and {choice.label!r} are the same, by their values; leave one out"
+                )
     return choices
 
 

@@ -80,12 +80,13 @@ class TrainConfig:
             floor=self.floor,
         )
 
-    def for_head(self, name: str) -> tuple["TrainConfig", dict[str, Any]]:
+    def for_head(self, name: str, own: Mapping[str, Any]) -> tuple["TrainConfig", dict[str, Any]]:
         """The config of one head of full name `task/head`, without the section `heads`, and its options.
 
-        A section under the full name comes before one under the short name.
+        `own` are settings and options of this one head; they come before those of its section, and a section under the
+        full name before one under the short name.
         """
-        values = self.heads.get(name, self.heads.get(name.rpartition("/")[2], {}))
+        values = {**self.heads.get(name, self.heads.get(name.rpartition("/")[2], {})), **own}
         return self._replaced(values), {k: v for k, v in values.items() if k not in HEAD_FIELDS}
 
     def _replaced(self, values: Mapping[str, Any]) -> "TrainConfig":

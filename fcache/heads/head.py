@@ -78,6 +78,7 @@ class Head:
     `levels(available, options)` names the levels that it reads, `groups(module, options)` the parameter groups.
     `check(inputs, options)` raises SpecError if it cannot be trained so, or not here; it is called when the head is
     chosen, before any work.
+    `absent` says what to do where a target that it needs is absent.
     `options` maps every option to its default: bool, int, float, str or a tuple of floats.
     """
 
@@ -91,6 +92,7 @@ class Head:
     levels: Callable[[Sequence[LevelSpec], Options], tuple[str, ...]] = all_levels
     groups: Callable[[nn.Module, Options], tuple[ParameterGroup, ...]] = one_group
     check: Callable[[HeadInput, Options], None] = no_check
+    absent: str = "choose another head, or extract a dataset that has them"
 
     def predict(self, module: nn.Module, batch: Batch, options: Options) -> list[Any]:
         """One prediction a record, each of its single view."""

@@ -31,6 +31,44 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_htc_learns_from_maps_of_stuff_where_coco_has_them(tmp_path: Path, trained: Path, capsys) -> None:
+    """Extracted, trained, and scored again from the cache and live; without maps it says what to do."""
+    write_coco_scenes(tmp_path / "scenes", train=4, val=2, size=(64, 80), stuff=True)
+    cache, out = str(tmp_path / "c.fcache"), str(tmp_path / "runs")
+    data = ["--data-root", str(tmp_path / "scenes"), "--cache", cache, "--views", "1", "--encoding", "fp32"]
+    assert main(["extract", *MODEL, *SMALL, *data]) == 0
+    train = ["--head", f"htc:{TINY}", "--allow-random-backbone", "--device", "cpu", "--set", "batch_size=2"]
+    assert main(["train-head", "--cache", cache, *train, "--iters", "2", "--out", out]) == 0
+    run = load_run(next(Path(out).iterdir()))
+    assert run.loss_terms["semantic"] > 0
+    assert {t.kind: len(t.class_names) for t in run.targets} == {"instances": 7, "semantic": 10}
+    capsys.readouterr()
+    for more in ([], ["--live"]):
+        assert main(["evaluate", str(run.folder), "--json", "--device", "cpu", *more]) == 0
+        (entry,) = json.loads(capsys.readouterr().out)
+        assert entry["metrics"] == pytest.approx(dict(run.metrics), abs=1e-6)
+    assert main(["train-head", "--cache", str(trained / "c.fcache"), *train, "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert "needs targets of kind instances+semantic, this source has instances" in said
+    assert "stuffthingmaps" in said
+    assert "htc-without-semantic" in said
+
+
+def test_a_sweep_is_one_call_whose_runs_are_told_apart(trained: Path, tmp_path: Path, capsys) -> None:
+    heads = [f"--head=maskrcnn:{TINY},lr={lr},weight_decay={wd}" for lr in ("1e-3", "2e-3") for wd in ("0.05", "0.1")]
+    train = ["--allow-random-backbone", "--device", "cpu", "--set", "batch_size=2", "--iters", "1"]
+    cache = str(trained / "c.fcache")
+    assert main(["train-head", "--cache", cache, *heads, *train, "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    found = sorted(tmp_path.iterdir())
+    assert [load_run(f).train.lr for f in found] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert [load_run(f).train.weight_decay for f in found] == [0.05, 0.1, 0.05, 0.1]
+    assert main(["compare", "--cache", cache, *map(str, found), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {run["label"] for run in said["runs"]} == {head.removeprefix("--head=") for head in heads}
+    assert len(said["rows"]) == 4
+
+
 def runs(folder: Path) -> list[str]:
     return sorted(str(path) for path in (folder / "runs").iterdir())
 

@@ -82,6 +82,60 @@ def test_options_in_the_text_come_before_those_of_the_config(scenes):
     assert (choice.options["width"], choice.options["dropout"], choice.train.lr) == (16, 0.5, 0.5)
 
 
+def test_a_head_says_in_its_text_how_it_is_trained(scenes):
+    config = TrainConfig(lr=0.5, heads={"upernet": {"lr": 0.25, "warmup": 7}})
+    choice = choose_head("upernet:lr=1e-3,width=16,weight_decay=0.1,milestones=10,20", scenes().info, config)
+    train = choice.train
+    assert (train.lr, train.weight_decay, train.milestones, train.warmup) == (0.001, 0.1, (10, 20), 7)
+    assert (choice.options["width"], "lr" in choice.options) == (16, False)
+
+
+def test_a_sweep_of_settings_is_as_many_heads_with_folders_of_their_own(scenes):
+    texts = [f"upernet:lr={lr},weight_decay={wd}" for lr in ("1e-4", "2e-4") for wd in ("0.05", "0.1")]
+    choices = choose_heads(texts, scenes().info, TrainConfig())
+    assert [(c.train.lr, c.train.weight_decay) for c in choices] == [
+        (1e-4, 0.05),
+        (1e-4, 0.1),
+        (2e-4, 0.05),
+        (2e-4, 0.1),
+    ]
+    assert len({c.folder for c in choices}) == 4
+    assert choices[0].folder == "upernet-lr=1e-4-weight_decay=0.05-seed0"
+
+
+@pytest.mark.parametrize("setting", ["iterations", "batch_size", "seed", "amp", "evaluate_every"])
+def test_what_all_heads_share_is_not_set_for_one(scenes, setting: str):
+    with pytest.raises(SpecError, match=f"{setting} is the same for all heads .* give --set {setting}=8"):
+        choose_head(f"upernet:{setting}=8", scenes().info, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("upernet:lr=fast", "lr is a number, got 'fast'"),
+        ("upernet:lr=0", "lr and eps must be positive"),
+        ("upernet:schedule=steep", "schedule"),
+        ("upernet:weight_decy=0.1", "weight_decy.*did you mean weight_decay"),
+    ],
+)
+def test_wrong_settings_of_a_head_are_refused_by_name(scenes, text: str, message: str):
+    with pytest.raises(SpecError, match=message):
+        choose_head(text, scenes().info, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["upernet:lr=1e-3", "upernet:lr=0.001"],
+        ["upernet", "upernet:weight_decay=0.01"],
+        ["upernet:width=512", "semantic/upernet"],
+    ],
+)
+def test_heads_that_say_the_same_in_other_words_are_refused(scenes, texts: list[str]):
+    with pytest.raises(SpecError, match=f"'{texts[0]}' and '{texts[1]}' are the same"):
+        choose_heads(texts, scenes().info, TrainConfig())
+
+
 def test_a_section_of_the_full_name_comes_before_one_of_the_short_name(scenes):
     config = TrainConfig(heads={"linear": {"lr": 0.1}, "semantic/linear": {"lr": 0.2}})
     assert choose_head("linear", scenes().info, config).train.lr == 0.2

@@ -11,3 +11,7 @@ from fcache.extractor.coco.masks import most_bytes as most_bytes
 from fcache.extractor.coco.masks import segmentation_rle as segmentation_rle
 from fcache.extractor.coco.records import Bounds as Bounds
 from fcache.extractor.coco.records import read_annotations as read_annotations
+from fcache.extractor.coco.records import truth_record as truth_record
+from fcache.extractor.coco.stuff import STUFF_NAMES as STUFF_NAMES
+from fcache.extractor.coco.stuff import load_stuff as load_stuff
+from fcache.extractor.coco.stuff import stuff_maps as stuff_maps

@@ -13,7 +13,6 @@ Labels become 0 … n-1, and 255 where nothing counts. A `dataset.toml` beside t
                                      # where zero_is_ignored is false)
 """
 
-import colorsys
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from fcache.extractor.datasets.dataset import (
     RawSample,
     Sample,
     check_folder,
+    palette,
     read_options,
     sample_digest,
     some,
@@ -42,7 +42,6 @@ SPLITS: Mapping[str, str] = {"train": "training", "val": "evaluation"}
 VIEW_RECIPE = "ade20k"
 _FOLDERS = {"train": "training", "val": "validation"}
 _KEYS = {"class_names": list, "zero_is_ignored": bool, "ignore_value": int}
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,6 @@ def open_split(root: Path, split: str) -> DatasetSplit:
         load=partial(_load, conversion=conversion),
         image_size=_size,
     )
-
-
-def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` RGB colours by rule: hues in steps of the golden angle, three brightnesses in turn."""
-    colours = (
-        colorsys.hsv_to_rgb((i * _GOLDEN) % 1.0, 0.85 - 0.25 * (i // 3 % 2), 1.0 - 0.22 * (i % 3)) for i in range(count)
-    )
-    return tuple((round(r * 255), round(g * 255), round(b * 255)) for r, g, b in colours)
 
 
 def _files(root: Path, folder: str, extensions: frozenset[str]) -> dict[str, tuple[str, int]]:

@@ -4,15 +4,19 @@
     {train,val}2017/NAME.jpg                       photos (or images/{train,val}2017, {train,val}, images/{train,val},
                                                    images: the first of these folders that there is)
 
+    stuffthingmaps/{train,val}2017/NAME.png        where they are: a class for every pixel, see `coco.stuff`
+
 Categories become 0 … n-1 in the order of their ids. Masks are polygons or run lengths. Crowds stay marked as such.
-Training leaves out the images without an object that is no crowd, as the papers' code does; a `dataset.toml` beside the
-folders keeps them:
+Training leaves out the images without an object that is no crowd, as the papers' code does. A `dataset.toml` beside the
+folders keeps them, or names the classes of maps that are not COCO-Stuff's:
 
     keep_empty = true
+    stuff_names = ["road", "sky"]
 """
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,24 @@ import numpy as np
 
 from fcache.cache_spec.errors import DataError
 from fcache.cache_spec.spec import TargetSpec
-from fcache.extractor.coco import Bounds, CocoImage, mask_area, read_annotations, read_coco, segmentation_rle
+from fcache.cache_spec.targets import IGNORE
+from fcache.extractor.coco import (
+    STUFF_NAMES,
+    Bounds,
+    CocoImage,
+    load_stuff,
+    read_annotations,
+    read_coco,
+    stuff_maps,
+    truth_record,
+)
 from fcache.extractor.datasets.dataset import (
     DatasetSplit,
     Instances,
     RawSample,
     Sample,
     check_folder,
+    palette,
     read_options,
     sample_digest,
     some,
@@ -37,62 +52,91 @@ from fcache.extractor.images import image_size, load_image
 SPLITS: Mapping[str, str] = {"train": "training", "val": "evaluation"}
 VIEW_RECIPE = "coco-lsj"
 
-# Annotated boxes exceed their images by fractions of a pixel here and there.
-_OUTSIDE = 1.0
+
+@dataclass(frozen=True, slots=True)
+class _Annotated:
+    """What is known of an image, and the path of its map below the root, if there are maps."""
+
+    image: CocoImage
+    stuff: str | None
 
 
 def open_split(root: Path, split: str) -> DatasetSplit:
     """The annotated images of a split; ids are COCO's image ids with twelve digits.
 
-    Raises DataError if the annotation file, the folder of photos or a photo is missing or wrong.
+    Raises DataError if the annotation file, the folder of photos, a photo or a map is missing or wrong.
     """
-    keep_empty = _keep_empty(root / "dataset.toml")
+    options = _options(root / "dataset.toml")
     file = _annotation_file(root, split)
     found = read_coco(root / file)
     if not found.categories:
         raise DataError(f"{root / file}: the list of categories is empty")
     images = found.images
-    if split == "train" and not keep_empty:
+    if split == "train" and not options.get("keep_empty", False):
         images = tuple(i for i in images if i.plain)
         if found.images and not images:
             raise DataError(f"{root / file}: no image has an object; training needs some (or keep_empty = true)")
     folder = _photo_folder(root, split)
     sizes = _file_sizes(root, folder, file, images)
-    samples = tuple(
-        Sample(
-            f"{image.id:012d}",
-            path := f"{folder}/{image.file_name}",
-            image,
-            sample_digest(f"{image.id:012d}", [(path, size), (file, image.annotation_bytes)]),
+    maps = stuff_maps(root, split, [image.file_name for image in images])
+    targets = [
+        TargetSpec(
+            kind="instances",
+            dataset="coco",
+            class_names=tuple(found.categories.values()),
+            conversion={"category_ids": list(found.categories), "boxes_of_cut_objects": "round the mask"},
         )
+    ]
+    names = tuple(options.get("stuff_names", STUFF_NAMES))
+    if maps is not None:
+        targets.append(
+            TargetSpec(
+                kind="semantic", dataset="coco", class_names=names, palette=palette(len(names)), ignore=IGNORE,
+                conversion={"maps": "stuff and things"},
+            )
+        )  # fmt: skip
+    labels = {category: label for label, category in enumerate(found.categories)}
+    samples = tuple(
+        _sample(image, f"{folder}/{image.file_name}", size, file, None if maps is None else maps[image.file_name])
         for image, size in zip(images, sizes, strict=True)
     )
-    target = TargetSpec(
-        kind="instances",
-        dataset="coco",
-        class_names=tuple(found.categories.values()),
-        conversion={"category_ids": list(found.categories)},
-    )
-    labels = {category: label for label, category in enumerate(found.categories)}
     return DatasetSplit(
         dataset="coco",
         name=split,
         role=SPLITS[split],
         root=root,
         samples=samples,
-        targets=(target,),
-        load=partial(_load, file=file, labels=labels),
+        targets=tuple(targets),
+        load=partial(_load, file=file, labels=labels, stuff_classes=len(names)),
         image_size=_size,
         instances=_bounds,
     )
 
 
-def _keep_empty(path: Path) -> bool:
+def _sample(image: CocoImage, path: str, size: int, file: str, stuff: tuple[str, int] | None) -> Sample:
+    name = f"{image.id:012d}"
+    parts = [(path, size), (file, image.annotation_bytes), *([stuff] if stuff else [])]
+    return Sample(name, path, _Annotated(image, stuff[0] if stuff else None), sample_digest(name, parts))
+
+
+def _options(path: Path) -> dict[str, Any]:
     options = read_options(path)
-    for key, value in options.items():
-        if key != "keep_empty" or not isinstance(value, bool):
-            raise DataError(f"{path}: expected keep_empty (true or false), found {key} = {value!r}")
-    return options.get("keep_empty", False)
+    names = options.get("stuff_names", STUFF_NAMES)
+    wrong = [key for key in options if key not in ("keep_empty", "stuff_names")]
+    if not isinstance(options.get("keep_empty", False), bool):
+        wrong.append("keep_empty")
+    if (
+        not isinstance(names, (list, tuple))
+        or not all(isinstance(n, str) and n.strip() for n in names)
+        or not 1 <= len(set(names)) == len(names) <= IGNORE
+    ):
+        wrong.append("stuff_names")
+    if wrong:
+        raise DataError(
+            f"{path}: expected keep_empty (true or false) and stuff_names (1 to {IGNORE} different texts), "
+            f"found {wrong[0]} = {options[wrong[0]]!r}"
+        )
+    return options
 
 
 def _annotation_file(root: Path, split: str) -> str:
@@ -142,7 +186,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _bounds(sample: Sample) -> Bounds:
-    image: CocoImage = sample.annotation
+    image: CocoImage = sample.annotation.image
     return Bounds(image.size, image.annotations, image.crossings)
 
 
@@ -153,74 +197,40 @@ def _size(root: Path, sample: Sample) -> tuple[int, int]:
 
 
 def _check_size(root: Path, sample: Sample, size: tuple[int, ...]) -> None:
-    if tuple(size) != sample.annotation.size:
-        height, width = sample.annotation.size
+    if tuple(size) != sample.annotation.image.size:
+        height, width = sample.annotation.image.size
         raise DataError(
             f"{root / sample.path}: the photo has {size[1]}x{size[0]} pixels as stored, the annotation file says "
             f"{width}x{height}; annotations must be those of the photo"
         )
 
 
-def _load(root: Path, sample: Sample, *, file: str, labels: Mapping[int, int]) -> RawSample:
+def _load(root: Path, sample: Sample, *, file: str, labels: Mapping[int, int], stuff_classes: int) -> RawSample:
     pixels = load_image(root / sample.path, apply_orientation=False)
     _check_size(root, sample, pixels.shape[:2])
-    image: CocoImage = sample.annotation
-    annotations = read_annotations(root / file, image)
-    boxes: list[tuple[float, float, float, float]] = []
+    image: CocoImage = sample.annotation.image
     records: list[dict[str, Any]] = []
-    for annotation in annotations:
+    for annotation in read_annotations(root / file, image):
         try:
-            x, y, width, height = _box(annotation.get("bbox"), image.size)
-            counts = segmentation_rle(annotation.get("segmentation"), image.size)
-            boxes.append((x, y, x + width, y + height))
-            records.append(_record(annotation, image, (x, y, width, height), counts))
+            records.append(truth_record(annotation, image))
         except DataError as e:
             raise DataError(f"{root / file}: annotation {annotation['id']} of image {image.id} {e}") from None
-    return RawSample(
-        pixels,
-        {
-            "instances": Instances(
-                size=image.size,
-                boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-                labels=np.array([labels[r["category_id"]] for r in records], dtype=np.int32),
-                crowd=np.array([r["iscrowd"] for r in records], dtype=np.uint8),
-                ids=np.array([r["id"] for r in records], dtype=np.int64),
-                masks=tuple(r["segmentation"]["counts"].encode() for r in records),
-                record={
-                    "image": {"id": image.id, "height": image.size[0], "width": image.size[1]},
-                    "annotations": records,
-                },
-            )
-        },
-    )
-
-
-def _box(box: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(x, y, width, height). Raises DataError for what is none, or not inside the image."""
-    if not isinstance(box, list) or len(box) != 4 or not all(type(n) in (int, float) and np.isfinite(n) for n in box):
-        raise DataError(f"has the bbox {box!r}, expected four finite numbers: x, y, width, height")
-    x, y, width, height = (float(n) for n in box)
-    if width < 0 or height < 0:
-        raise DataError(f"has a bbox of the size {width:g} x {height:g}")
-    if min(x, y) < -_OUTSIDE or x + width > size[1] + _OUTSIDE or y + height > size[0] + _OUTSIDE:
-        raise DataError(f"has the bbox {box} (x, y, width, height) outside the image of {size[1]}x{size[0]} pixels")
-    return x, y, width, height
-
-
-def _record(annotation: Mapping[str, Any], image: CocoImage, box: tuple[float, ...], counts: bytes) -> dict[str, Any]:
-    """An annotation as the ground truth holds it: what the evaluation of COCO reads."""
-    crowd = annotation.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise DataError(f"has iscrowd {crowd!r}, expected 0 or 1")
-    area = annotation["area"] if "area" in annotation else mask_area(counts, image.size)
-    if type(area) not in (int, float) or not np.isfinite(area) or area < 0:
-        raise DataError(f"has the area {area!r}, expected a number of pixels")
-    return {
-        "id": annotation["id"],
-        "image_id": image.id,
-        "category_id": annotation["category_id"],
-        "bbox": list(box),
-        "area": area,
-        "iscrowd": int(crowd),
-        "segmentation": {"size": list(image.size), "counts": counts.decode()},
+    boxes = np.array([r["bbox"] for r in records], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    targets: dict[str, Any] = {
+        "instances": Instances(
+            size=image.size,
+            boxes=boxes,
+            labels=np.array([labels[r["category_id"]] for r in records], dtype=np.int32),
+            crowd=np.array([r["iscrowd"] for r in records], dtype=np.uint8),
+            ids=np.array([r["id"] for r in records], dtype=np.int64),
+            masks=tuple(r["segmentation"]["counts"].encode() for r in records),
+            record={
+                "image": {"id": image.id, "height": image.size[0], "width": image.size[1]},
+                "annotations": records,
+            },
+        )
     }
+    if sample.annotation.stuff is not None:
+        targets["semantic"] = load_stuff(root / sample.annotation.stuff, image.size, classes=stuff_classes)
+    return RawSample(pixels, targets)

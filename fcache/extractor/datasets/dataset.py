@@ -1,5 +1,6 @@
 """What a dataset is: samples as values, and functions that load them."""
 
+import colorsys
 import hashlib
 import json
 import tomllib
@@ -14,6 +15,8 @@ from fcache.cache_spec.errors import DataError, SpecError
 from fcache.cache_spec.spec import TargetSpec
 from fcache.extractor.coco import Bounds
 from fcache.extractor.videos import FrameChoice
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,14 @@ def read_options(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not TOML: {e}") from e
+
+
+def palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """`count` RGB colours by rule: hues in steps of the golden angle, three brightnesses in turn."""
+    colours = (
+        colorsys.hsv_to_rgb((i * _GOLDEN) % 1.0, 0.85 - 0.25 * (i // 3 % 2), 1.0 - 0.22 * (i % 3)) for i in range(count)
+    )
+    return tuple((round(r * 255), round(g * 255), round(b * 255)) for r, g, b in colours)
 
 
 def some(names: Sequence[str], *, most: int = 3) -> str:

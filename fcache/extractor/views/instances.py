@@ -17,6 +17,8 @@ from fcache.extractor.views.nearest import indices
 from fcache.extractor.views.recipes import AnyCut
 
 Size = tuple[int, int]
+# An object is cut where its box lies outside the view by more pixels than arithmetic explains.
+_ROUNDING = 1e-3
 # JSON of an annotation without its mask: names, a box and an area of full precision, ids, sizes.
 _RECORD_BYTES = 512
 _NOT_STRAIGHT = "boxes and masks are cut from views that are scaled, cropped and flipped, not rotated or sheared"
@@ -25,7 +27,8 @@ _NOT_STRAIGHT = "boxes and masks are cut from views that are scaled, cropped and
 def view_instances(found: Instances, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.ndarray]:
     """The arrays of "instances" for the view that `drawn` describes, see `cache_spec.targets`.
 
-    The view's mask is the image's, at the pixel nearest to each of the view's. Objects of which less than one pixel of
+    The view's mask is the image's, at the pixel nearest to each of the view's. A box is the annotated one, moved; of an
+    object that the view cuts it is drawn anew round what is left of the mask. Objects of which less than one pixel of
     mask, or one pixel of the box's width or height, is in the view are left out.
     Raises SpecError for a view that is more than scaled, cropped and flipped.
     """
@@ -33,20 +36,24 @@ def view_instances(found: Instances, drawn: Drawn, canvas: Size, role: str) -> d
         raise SpecError(_NOT_STRAIGHT)
     corners = transform_points(drawn.matrix, found.boxes.reshape(-1, 2, 2))
     limits = np.array(drawn.frame.valid[::-1], dtype=np.float64)
-    low, high = (np.clip(corner, 0, limits) for corner in (corners.min(axis=1), corners.max(axis=1)))
-    boxes = np.concatenate([low, high], axis=1).astype(np.float32)
+    whole = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    boxes = np.clip(whole, 0, np.tile(limits, 2))
+    cut = np.any(np.abs(whole - boxes) > _ROUNDING, axis=1)
     kept = np.flatnonzero(((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1))
     rows, columns = indices(drawn.frame, 0), indices(drawn.frame, 1)
-    masks = [_mask(found, i, rows, columns, drawn.frame.flipped, canvas) for i in kept.tolist()]
-    seen = [k for k, (area, _) in enumerate(masks) if area]
-    kept = kept[seen]
+    parts = [_part(found, i, rows, columns, drawn.frame.flipped) for i in kept.tolist()]
+    seen = [k for k, (part, _, _) in enumerate(parts) if part.any()]
+    kept, parts = kept[seen], [parts[k] for k in seen]
+    for i, part in zip(kept.tolist(), parts, strict=True):
+        if cut[i]:
+            boxes[i] = _box_around(*part)
     arrays = {
-        "instances/boxes": boxes[kept],
+        "instances/boxes": boxes[kept].astype(np.float32),
         "instances/labels": found.labels[kept],
         "instances/crowd": found.crowd[kept],
-        "instances/area": np.array([masks[k][0] for k in seen], dtype=np.float32),
+        "instances/area": np.array([np.count_nonzero(part) for part, _, _ in parts], dtype=np.float32),
         "instances/ids": found.ids[kept],
-        **pack_masks([masks[k][1] for k in seen]),
+        **pack_masks([encode_part(*part, canvas) for part in parts]),
     }
     if role == "evaluation":
         text = json.dumps(found.record, separators=(",", ":"))
@@ -54,20 +61,26 @@ def view_instances(found: Instances, drawn: Drawn, canvas: Size, role: str) -> d
     return arrays
 
 
-def _mask(
-    found: Instances, number: int, rows: np.ndarray, columns: np.ndarray, flipped: bool, canvas: Size
-) -> tuple[int, bytes]:
-    """Pixels and run lengths of one mask in the view; only the part where it lies is looked at."""
+def _part(
+    found: Instances, number: int, rows: np.ndarray, columns: np.ndarray, flipped: bool
+) -> tuple[np.ndarray, int, int]:
+    """One mask in the view, [h, w] of 0 and 1: the part where it lies, its top and its left."""
     counts = found.masks[number]
     top, left, height, width = mask_box(counts, found.size)
     first, last = np.searchsorted(rows, [top, top + height]).tolist()
     start, stop = np.searchsorted(columns, [left, left + width]).tolist()
     if first == last or start == stop:
-        return 0, b""
+        return np.zeros((0, 0), dtype=np.uint8), 0, 0
     part = decode_mask(counts, found.size)[np.ix_(rows[first:last], columns[start:stop])]
     if flipped:
         part, start = part[:, ::-1], len(columns) - stop
-    return int(np.count_nonzero(part)), encode_part(part, first, start, canvas)
+    return part, first, start
+
+
+def _box_around(part: np.ndarray, top: int, left: int) -> tuple[int, int, int, int]:
+    """(x0, y0, x1, y1) round the pixels of a mask that has some."""
+    rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
 def instance_limits(bounds: Sequence[Bounds], cut: AnyCut, canvas: Size, role: str) -> dict[str, int]:

@@ -50,6 +50,6 @@ def resolve_name(name: str, kinds: Iterable[str]) -> str:
         needs = " or ".join("+".join(sorted(find_head(full).needs)) for full in matching)
         raise SpecError(
             f"head {name!r} needs targets of kind {needs}, this source has {', '.join(kinds) or 'none'}; "
-            "choose another head, or extract a dataset that has them"
+            f"{find_head(matching[0]).absent}"
         )
     return fitting[0]

@@ -27,6 +27,11 @@ MASK_RCNN_OPTIONS: Options = {**DETECTOR_OPTIONS, "class_agnostic": False}
 CASCADE_OPTIONS: Options = {**DETECTOR_OPTIONS, "stage_ious": (0.5, 0.6, 0.7), "mask_branches": 3}
 HTC_OPTIONS: Options = {**CASCADE_OPTIONS, "interleaved": True, "mask_flow": True}
 
+_NO_STUFF = (
+    "its semantic branch learns from a label map of the whole image: extract COCO with COCO-Stuff's maps in "
+    "stuffthingmaps (docs/howto/own-data.md), or take htc-without-semantic"
+)
+
 
 def _single(options: Options) -> Cascade:
     return Cascade((Stage(0.5),), mask_branches=1, agnostic=options["class_agnostic"])
@@ -78,6 +83,7 @@ def _head(form: Callable[[Options], Cascade], options: Options, *, semantic: boo
         levels=detector_levels,
         check=partial(_check, form=form, semantic=semantic),
         options=options,
+        absent=_NO_STUFF if semantic else Head.absent,
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fcache.cache_spec import DataError, SpecError
 from fcache.extractor.datasets import find_dataset, open_split
-from fcache.extractor.datasets.ade20k import palette
+from fcache.extractor.datasets.dataset import palette
 
 LIST = "Idx\tRatio\tName\n1\t0.5\twall\n2\t0.3\tbuilding, edifice \n3\t0.2\tdoor;gate\n"
 

@@ -88,7 +88,7 @@ def test_objects_have_classes_in_the_order_of_category_ids(write: Write) -> None
     split = open_split("coco", root, "train")
     (target,) = split.targets
     assert (target.kind, target.class_names) == ("instances", ("bicycle", "träin", "brush"))
-    assert target.conversion == {"category_ids": [2, 7, 90]}
+    assert target.conversion == {"category_ids": [2, 7, 90], "boxes_of_cut_objects": "round the mask"}
     assert [(s.id, s.path) for s in split.samples] == [
         ("000000000009", "train2017/naïve.jpg"),
         ("000000000040", "train2017/forty.jpg"),
@@ -134,6 +134,64 @@ def test_training_leaves_images_without_objects_out_and_testing_keeps_them(write
     (root / "dataset.toml").write_text("keep_emty = true\n")
     with pytest.raises(DataError, match="expected keep_empty"):
         open_split("coco", root, "train")
+
+
+@pytest.fixture
+def with_maps(write: Write) -> Path:
+    """The data with a map beside each photo that is trained on: 0, 181, 255 and 17 in quarters."""
+    root = write(data())
+    (root / "stuffthingmaps/train2017").mkdir(parents=True)
+    labels = np.kron([[0, 181], [255, 17]], np.ones((12, 16))).astype(np.uint8)
+    for name in ("forty.png", "naïve.png"):
+        Image.fromarray(labels).save(root / "stuffthingmaps/train2017" / name)
+    return root
+
+
+def test_maps_of_stuff_and_things_are_a_second_target_where_they_are(with_maps: Path) -> None:
+    split = open_split("coco", with_maps, "train")
+    instances, semantic = split.targets
+    assert (instances.kind, semantic.kind, semantic.ignore) == ("instances", "semantic", 255)
+    names = semantic.class_names
+    # COCO-Stuff's list less "unlabeled": category ids, less one.
+    assert (len(names), names[0], names[90], names[91], names[181]) == (182, "person", "hair brush", "banner", "wood")
+    assert (names[17 - 1], names[91 + 5], names[148]) == ("cat", "bush", "road")
+    assert len(set(names)) == 182
+    loaded = split.load(split.root, split.samples[0]).targets
+    assert set(loaded) == {"instances", "semantic"}
+    assert loaded["semantic"].dtype == np.uint8
+    assert loaded["semantic"].shape == SIZE
+    assert loaded["semantic"][::12, ::16].tolist() == [[0, 181], [255, 17]]
+    pickle.loads(pickle.dumps(split))
+    digests = [s.digest for s in split.samples]
+    Image.fromarray(np.zeros(SIZE, dtype=np.uint8)).save(with_maps / "stuffthingmaps/train2017/forty.png")
+    changed_digests = [s.digest for s in open_split("coco", with_maps, "train").samples]
+    assert [a == b for a, b in zip(digests, changed_digests, strict=True)] == [True, False]
+
+
+def test_names_of_other_maps_stand_in_dataset_toml(with_maps: Path) -> None:
+    (with_maps / "dataset.toml").write_text('stuff_names = ["road", "sky"]\n')
+    split = open_split("coco", with_maps, "train")
+    assert split.targets[1].class_names == ("road", "sky")
+    with pytest.raises(DataError, match=r"the value 17 is no class, expected 0 to 1, or 255.*stuff_names"):
+        split.load(split.root, split.samples[0])
+    for wrong in ('stuff_names = ["road", "road"]', "stuff_names = []", "stuff_names = [1]", 'stuff_names = "road"'):
+        (with_maps / "dataset.toml").write_text(wrong)
+        with pytest.raises(DataError, match="stuff_names \\(1 to 255 different texts\\), found stuff_names"):
+            open_split("coco", with_maps, "train")
+
+
+def test_a_map_that_is_missing_or_of_another_size_is_named(with_maps: Path) -> None:
+    maps = with_maps / "stuffthingmaps"
+    Image.fromarray(np.zeros((24, 30), dtype=np.uint8)).save(maps / "train2017/forty.png")
+    split = open_split("coco", with_maps, "train")
+    with pytest.raises(DataError, match=r"forty.png: the map has 30x24 pixels, its photo 32x24"):
+        split.load(split.root, split.samples[1])
+    (maps / "train2017/forty.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 maps are missing, forty.png first; .*only the head htc needs"):
+        open_split("coco", with_maps, "train")
+    (maps / "train2017").rename(maps / "else")
+    with pytest.raises(DataError, match=r"expected maps in stuffthingmaps/train2017 or stuffthingmaps/train, found"):
+        open_split("coco", with_maps, "train")
 
 
 @pytest.mark.parametrize("folder", ["images/train2017", "train", "images/train", "images"])

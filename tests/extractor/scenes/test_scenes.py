@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcache.cache_spec import SpecError
 from fcache.extractor.coco import decode_mask
@@ -169,3 +170,19 @@ def test_every_class_is_seen_and_colour_alone_does_not_tell_it() -> None:
 def test_any_shape_of_picture_renders(size: tuple[int, int]) -> None:
     for index in range(5):
         assert render(make_scene(0, index, size=size), time=index).image.shape == (*size, 3)
+
+
+def test_scenes_in_coco_layout_may_have_maps_of_all_classes(tmp_path: Path):
+    write_coco_scenes(tmp_path / "a", train=2, val=1, size=(64, 96), stuff=True)
+    write_coco_scenes(tmp_path / "b", train=2, val=1, size=(64, 96))
+    maps = sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.png"))
+    assert maps == [
+        "stuffthingmaps/train2017/000000000001.png",
+        "stuffthingmaps/train2017/000000000002.png",
+        "stuffthingmaps/val2017/000001000000.png",
+    ]
+    rendered = render(make_scene(0, 0, size=(64, 96)))
+    with Image.open(tmp_path / "a" / maps[0]) as found:
+        np.testing.assert_array_equal(np.array(found), rendered.semantic)
+    for file in (p for p in (tmp_path / "b").rglob("*") if p.is_file()):
+        assert file.read_bytes() == (tmp_path / "a" / file.relative_to(tmp_path / "b")).read_bytes()

@@ -211,6 +211,27 @@ def test_a_box_cut_by_the_crop_ends_at_the_crop():
     assert max(seen) <= 1
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_the_box_of_an_object_that_the_crop_cuts_is_drawn_round_what_is_left(flip: float):
+    # An L: a thin stroke down, and at its foot one to the right. Of four times its size a quarter or so is seen.
+    mask = np.zeros((70, 110), dtype=np.uint8)
+    mask[5:65, 10:14] = 1
+    mask[61:65, 10:90] = 1
+    found = objects([(10, 5, 90, 65)], [mask], size=(70, 110))
+    place = ScaleCrop(size=(140, 220), long=220, short=220, scale=(2.0, 2.0), flip=flip)
+    smaller = 0.0
+    for view in range(20):
+        viewed = cut_one(place, found, view=view)
+        check(viewed, found)
+        for box, shown in zip(viewed.targets["instances/boxes"], masks_of(viewed), strict=True):
+            rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+            np.testing.assert_array_equal(box, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+            corners = transform_points(viewed.drawn.matrix, np.array([[10.0, 5.0], [90.0, 65.0]]))
+            clipped = np.clip(corners, 0, (220, 140))
+            smaller = max(smaller, np.abs(np.diff(clipped, axis=0)).prod() - (box[2:] - box[:2]).prod())
+    assert smaller > 10_000, "the annotated box clipped is much larger somewhere"
+
+
 def test_an_annotated_box_is_moved_as_it_is_and_not_drawn_round_the_mask():
     mask = np.zeros((70, 110), dtype=np.uint8)
     mask[10:20, 10:20] = 1

@@ -22,6 +22,7 @@ DETECTOR_OPTIONS: Options = {
     "rpn_convs": 1,
     "anchor_scales": (8.0,),
     "anchor_ratios": (0.5, 1.0, 2.0),
+    "candidates": (2000, 1000),
     "proposals": 1000,
     **REGION_OPTIONS,
 }
@@ -51,6 +52,7 @@ class Detector(nn.Module):
             scales=options["anchor_scales"],
             ratios=options["anchor_ratios"],
             convs=options["rpn_convs"],
+            candidates=options["candidates"],
             kept=options["proposals"],
         )
         # Regions are pooled from the backbone's levels; coarser ones are for large proposals.
@@ -103,6 +105,11 @@ def check_detector(inputs: HeadInput, options: Options) -> None:
             raise SpecError(f"a detector needs {name} of at least 1, got {options[name]}")
     if options["box_convs"] < 0:
         raise SpecError(f"a detector needs box_convs of at least 0, got {options['box_convs']}")
+    if len(options["candidates"]) != 2 or min(options["candidates"]) < 1:
+        raise SpecError(
+            "a detector needs candidates of at least 1 in training and at test time, as in 2000,1000, got "
+            f"{options['candidates']}"
+        )
     for name in ("anchor_scales", "anchor_ratios"):
         if not options[name] or min(options[name]) <= 0:
             raise SpecError(f"a detector needs {name}, all above 0, got {options[name]}")

@@ -9,8 +9,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
-# How many candidates a level goes into the non-maximum suppression of proposals, in training and at test time.
-CANDIDATES = {"training": 2000, "testing": 1000}
 # Pairs of an object and an anchor that are compared at once: 64 MB of float32.
 PAIRS = 1 << 24
 
@@ -53,7 +51,10 @@ class ProposalHead(nn.Module):
 
 
 class Proposals(nn.Module):
-    """torchvision's RegionProposalNetwork: 256 anchors an image in the loss, half of them positive; IoU 0.7 and 0.3."""
+    """torchvision's RegionProposalNetwork: 256 anchors an image in the loss, half of them positive; IoU 0.7 and 0.3.
+
+    `candidates` of each level go into the non-maximum suppression in training and at test time, `kept` of all come out.
+    """
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Proposals(nn.Module):
         scales: Sequence[float],
         ratios: Sequence[float],
         convs: int,
+        candidates: tuple[int, int],
         kept: int,
     ) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class Proposals(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={k: max(n, kept) for k, n in CANDIDATES.items()},
+            pre_nms_top_n={"training": candidates[0], "testing": candidates[1]},
             post_nms_top_n={"training": kept, "testing": kept},
             nms_thresh=0.7,
         )
