@@ -7,7 +7,7 @@ from typing import Any
 from fcache.cache_spec.errors import SpecError
 from fcache.cache_spec.identity import digest
 
-SPATIAL = frozenset("THW")
+SPATIAL = frozenset("HW")
 ROLES = ("training", "evaluation")
 PRECISIONS = ("fp32", "bf16")
 
@@ -36,7 +36,7 @@ class LevelSpec:
         return self.shape[self.dims.split().index("C")]
 
     def free(self) -> "LevelSpec":
-        """The same level with 0 for the axes T, H, W: what does not depend on the input size."""
+        """The same level with 0 for the axes H and W: what does not depend on the input size; clips keep their T."""
         sizes = zip(self.dims.split(), self.shape, strict=True)
         return replace(self, shape=tuple(0 if d in SPATIAL else n for d, n in sizes))
 
