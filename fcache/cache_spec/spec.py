@@ -17,7 +17,7 @@ class LevelSpec:
     """One level of a feature pyramid.
 
     `dims` names the axes of one record, for example "C H W", "T C H W" for clips, "C" for a pooled vector;
-    `shape` has one size an axis, 0 where it depends on the input; `stride` is in input pixels.
+    `shape` has one size an axis, 0 where it depends on the input size; `stride` is in input pixels.
     Decoded features are float32.
     """
 

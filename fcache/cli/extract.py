@@ -61,7 +61,7 @@ def command(dry_run: bool, **options: Any) -> int:
 def progress_of(progress: "Progress") -> "Callable[[Event], None]":
     """What renders an extraction's events."""
     from fcache.cli.progress import rate, size
-    from fcache.extractor import ExtractionStarted, RecordsDone, SampleQuarantined, WaitingForOthers
+    from fcache.extractor import DataNoted, ExtractionStarted, RecordsDone, SampleQuarantined, WaitingForOthers
 
     def report(event: "Event") -> None:
         if isinstance(event, ExtractionStarted):
@@ -70,6 +70,8 @@ def progress_of(progress: "Progress") -> "Callable[[Event], None]":
             )
         elif isinstance(event, RecordsDone):
             progress.show("extract  " + rate(event.records, event.total, event.seconds, "records"))
+        elif isinstance(event, DataNoted):
+            progress.note(f"extract  {event.text}")
         elif isinstance(event, SampleQuarantined):
             progress.note(f"extract  left out {event.sample}: {event.reason}")
         elif isinstance(event, WaitingForOthers):

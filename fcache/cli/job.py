@@ -33,8 +33,8 @@ OPTIONS = (
     click.option("--views", type=int, help="Views of each training sample [1].", metavar="K"),
     click.option(
         "--view-recipe",
-        help="ade20k, ade20k-small, coco-lsj, coco-small, vit-det, imagenet, mim-classification or plain; by default "
-        "the dataset's usual one.",
+        help="ade20k, ade20k-small, coco-lsj, coco-small, vit-det, imagenet, mim-classification, kinetics400, "
+        "kinetics400-small or plain; by default the dataset's usual one.",
         metavar="NAME",
     ),
     click.option("--input-size", type=int, nargs=2, help="Input height and width of views.", metavar="H W"),
@@ -44,7 +44,12 @@ OPTIONS = (
         help="Another attention window (Swin) than the model's own; for a plain ViT, windows in all but four blocks.",
         metavar="N",
     ),
-    click.option("--levels", help="Strides or names, '4,8,16,32'; by default all usual ones.", metavar="LIST"),
+    click.option(
+        "--levels",
+        help="Strides or names, '4,8,16,32'; 'last' is the last map, 'pooled' its mean over height and width. By "
+        "default all usual ones, of videos the last.",
+        metavar="LIST",
+    ),
     click.option(
         "--encoding",
         help="int8 [default], int4, rot:STEP, fp16, bf16, fp32; `fcache plan` shows their bytes.",
@@ -73,7 +78,7 @@ OPTIONS = (
 tta_option = click.option(
     "--tta",
     help="Test-time views, words joined by '-': ms (six scales), flip, slide (windows), as in 'ms-flip', "
-    "'ms-flip:scales=0.5,1,1.5' or 'slide:window=512,stride=341'.",
+    "'ms-flip:scales=0.5,1,1.5' or 'slide:window=512,stride=341'; of videos 4x3: 4 clips in 3 crops each.",
     metavar="VIEWS",
 )
 

@@ -67,6 +67,7 @@ def show_plan(plan: "Plan") -> str:
         ("a record", f"{size(each)}: " + ", ".join(f"{k} {size(v)}" for k, v in plan.level_bytes.items())),
         ("to write", f"{size(plan.pending_bytes)} of {size(plan.bytes)}{free}"),
     ]
+    pairs += [("data", note) for note in plan.notes]
     if plan.random_weights:
         pairs.append(("weights", f"RANDOM ({plan.random_weights}): heads trained on them say little"))
     if plan.seconds is not None:

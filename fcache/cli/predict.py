@@ -1,4 +1,4 @@
-"""`fcache predict`: a backbone and a trained head on photos."""
+"""`fcache predict`: a backbone and a trained head on photos and videos."""
 
 import json
 import os
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from fcache.extractor import Job, Photo, PhotoReader
     from fcache.heads import Run, Seen
 
-# What can be written, by task, and how the names of the files end.
+# What can be written, by task, and how the names of the files end; the first is written unless another is named.
 PRODUCTS = {
     "semantic": {"overlay": ".png", "labels": ".labels.png", "probabilities": ".probabilities.npy"},
     "detection": {"overlay": ".png", "instances": ".instances.json"},
+    "video": {"sheet": ".png"},
 }
 UNREADABLE = 3
 
@@ -32,16 +33,18 @@ Examples:
   fcache predict runs/upernet-seed0 photos --save labels,probabilities
   fcache predict runs/upernet-seed0 photo.jpg --tta ms-flip --weights mobilenet.safetensors
   fcache predict runs/maskrcnn-seed0 photos --save overlay,instances --min-score 0.3
+  fcache predict runs/global-seed0 clip.mp4 --tta 4x3
 
 \b
-Of label maps and detections, files are written and their paths printed, one a line:
+Of label maps, detections and videos, files are written and their paths printed, one a line:
   overlay        PHOTO-RUN.png                 the photo with classes, or boxes and masks; a legend
   labels         PHOTO-RUN.labels.png          8-bit class indices, 255 classes at most
   probabilities  PHOTO-RUN.probabilities.npy   float16 [class, row, column]
   instances      PHOTO-RUN.instances.json      all detections as COCO's results have them
+  sheet          VIDEO-RUN.png                 the frames that were seen, and the best classes
 RUN.classes.json names the classes. Sizes are the photo's, its orientation applied. Below a folder
-all photos are taken, in folders of --out like their own. Classes of whole photos are printed
-with their probabilities, best first. A photo that cannot be read is named, the others go on, and
+all photos are taken, in folders of --out like their own. Classes of whole photos and videos are
+printed with their probabilities, best first. A photo that cannot be read is named, the others go on, and
 the exit status is 3.
 """
 )
@@ -49,7 +52,9 @@ the exit status is 3.
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @click.option("--weights", help="The backbone's weights, if they have moved since extraction.", metavar="FILE")
 @click.option("--out", default="predictions", show_default=True, help="Folder for what is written.", metavar="DIR")
-@click.option("--save", help="What is written: overlay [default], labels, probabilities; instances.", metavar="LIST")
+@click.option(
+    "--save", help="What is written: overlay [default], labels, probabilities; instances; sheet.", metavar="LIST"
+)
 @click.option(
     "--min-score",
     type=click.FloatRange(0, 1),
@@ -79,12 +84,12 @@ def command(
     batch_size: int,
     device: str | None,
 ) -> int:
-    """Run the backbone and the head of RUN on photos, and on all photos below folders."""
+    """Run the backbone and the head of RUN on photos or videos, and on all of them below folders."""
     from fcache.cache_spec import SpecError
     from fcache.cli.job import best_device, job_of_run
     from fcache.cli.outputs import check_apart, open_folder, output_names, save_text
     from fcache.cli.progress import Progress, rate
-    from fcache.extractor import Unreadable, find_photos, find_tta
+    from fcache.extractor import Unreadable, endings_of, find_photos, find_tta
     from fcache.heads import load_head, load_run, see, view_batches
 
     trained_on = load_run(run)
@@ -95,7 +100,7 @@ def command(
     folder = Path(out) if products else None
     if folder and (same := [i for i in images if Path(i).is_dir() and Path(i).resolve() == folder.resolve()]):
         raise SpecError(f"overlays in {same[0]} would be photos the next time; choose another --out")
-    photos = find_photos([Path(image) for image in images], leave_out=folder)
+    photos = find_photos([Path(image) for image in images], leave_out=folder, endings=endings_of(job))
     stems = {p.path: Path(out) / name for p, name in zip(photos, output_names(photos), strict=True)}
     classes = Path(out) / f"{run_name(trained_on)}.classes.json"
     if folder:
@@ -127,23 +132,23 @@ def command(
 
 
 def parse_products(text: str | None, run: "Run") -> frozenset[str]:
-    """What is to be written, from "labels,probabilities": nothing for tasks other than semantic.
+    """What is to be written, from "labels,probabilities": nothing for tasks that print classes only.
 
     Raises SpecError for unknown names, and if other tasks are asked for files.
     """
     from fcache.cache_spec import SpecError, unknown_name
     from fcache.cli.job import words
 
-    chosen = words(text) if text is not None else ("overlay",)
     if text is not None and run.task not in PRODUCTS:
-        raise SpecError(f"--save is for label maps and detections; heads of task {run.task!r} print classes")
-    known = PRODUCTS.get(run.task, ("overlay",))
+        raise SpecError(f"--save is for label maps, detections and videos; heads of task {run.task!r} print classes")
+    known = tuple(PRODUCTS.get(run.task, ()))
+    chosen = words(text) if text is not None else known[:1]
     for name in chosen:
         if name not in known:
             raise unknown_name(f"product of task {run.task!r}:", name, known)
-    if not chosen:
+    if known and not chosen:
         raise SpecError(f"--save names one or more of {', '.join(known)}")
-    return frozenset(chosen) if run.task in PRODUCTS else frozenset()
+    return frozenset(chosen)
 
 
 def run_name(run: "Run") -> str:
@@ -181,7 +186,7 @@ def open_reader(run: "Run", job: "Job") -> "PhotoReader":
 def written(
     run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[str, Path]", *, min_score: float = 0.5
 ) -> list[str]:
-    """Write files of a photo, by product, and give their paths; of heads that write none the best classes."""
+    """Write files of a photo, by product, and give their paths, after the best classes of heads of whole images."""
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     if run.task == "detection":
@@ -189,7 +194,11 @@ def written(
     elif run.task == "semantic":
         save_labels(run, photo, seen, paths)
     else:
-        return best_lines(run, photo, seen)
+        found = best(run, seen)
+        if "sheet" in paths:
+            save_sheet(photo, seen, paths["sheet"], found)
+        lines = [f"{photo.path}\t{name}\t{probability:.4f}" for name, probability in found]
+        return [*lines, *(str(path) for path in paths.values())]
     return [str(path) for path in paths.values()]
 
 
@@ -222,13 +231,21 @@ def save_detections(run: "Run", photo: "Photo", seen: "Seen", paths: "Mapping[st
         save_text(paths["instances"], json.dumps(detections_json(found, target), indent=1) + "\n")
 
 
-def best_lines(run: "Run", photo: "Photo", seen: "Seen") -> list[str]:
-    """The best classes of a photo: its path, class and probability, separated by tabs."""
+def save_sheet(photo: "Photo", seen: "Seen", path: Path, found: list[tuple[str, float]]) -> None:
+    """Write the frames of the first view of a video with its best classes."""
+    from fcache.cli.outputs import save_png
+    from fcache.heads import contact_sheet
+
+    numbers = seen.views[0].frames
+    save_png(path, contact_sheet(photo.image[: len(numbers)], numbers, found))
+
+
+def best(run: "Run", seen: "Seen") -> list[tuple[str, float]]:
+    """The best classes of a photo or video and their probabilities."""
     from fcache.heads import Prediction, best_classes
 
     variants = [name.partition("/")[2] for name in run.metrics if name.startswith("top1/")]
     chosen = run.evaluations[-1].chosen if run.evaluations else ""
     variant = variants.index(chosen) if chosen in variants else 0
     prediction = Prediction(seen.id, seen.merged())
-    found = best_classes(prediction, run.targets[0].class_names, variant=variant)
-    return [f"{photo.path}\t{name}\t{probability:.4f}" for name, probability in found]
+    return best_classes(prediction, run.targets[0].class_names, variant=variant)

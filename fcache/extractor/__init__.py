@@ -5,6 +5,7 @@ from fcache.extractor.datasets import find_dataset as find_dataset
 from fcache.extractor.engine import ExtractResult as ExtractResult
 from fcache.extractor.engine import Stopped as Stopped
 from fcache.extractor.engine import extract as extract
+from fcache.extractor.events import DataNoted as DataNoted
 from fcache.extractor.events import Event as Event
 from fcache.extractor.events import ExtractionStarted as ExtractionStarted
 from fcache.extractor.events import RecordsDone as RecordsDone
@@ -22,6 +23,7 @@ from fcache.extractor.photos import Photo as Photo
 from fcache.extractor.photos import PhotoReader as PhotoReader
 from fcache.extractor.photos import SeenPhotos as SeenPhotos
 from fcache.extractor.photos import Unreadable as Unreadable
+from fcache.extractor.photos import endings_of as endings_of
 from fcache.extractor.photos import find_photos as find_photos
 from fcache.extractor.photos import open_photos as open_photos
 from fcache.extractor.plan import Plan as Plan

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from fcache.cache_spec import DataError, View
 from fcache.cache_spec.storage.files import process_alive
 from fcache.extractor.datasets import DatasetSplit, RawSample, Sample
-from fcache.extractor.views import cut_view
+from fcache.extractor.videos import FrameChoice
+from fcache.extractor.views import cut_view, draw_frames
 
 ATTEMPTS = 3
 
@@ -32,7 +33,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A record before the backbone: uint8 image [3, h, w] (the valid area), its view, its targets by array path.
+    """A record before the backbone: uint8 image [3, h, w] (the valid area) or clip [T, 3, h, w], its view, its targets
+    by array path.
 
     `failure` is the reason if the sample cannot be used, then the rest is None; `unreadable` says that reading failed
     even after retries, which is no fault of the sample.
@@ -56,11 +58,15 @@ class Decoder:
 
     def __getitem__(self, request: Request) -> Decoded:
         split = self.splits[request.split]
-        sample = split.samples[request.sample]
+        sample, cut = split.samples[request.sample], self.cuts[request.split]
+
+        def frames(count: int) -> tuple[int, ...]:
+            return draw_frames(cut, seed=self.seed, sample_id=sample.id, view=request.view, count=count)
+
         try:
-            raw = load_sample(split, sample)
+            raw = load_sample(split, sample, frames)
             viewed = cut_view(
-                self.cuts[request.split],
+                cut,
                 seed=self.seed,
                 sample_id=sample.id,
                 view=request.view,
@@ -75,17 +81,21 @@ class Decoder:
         return Decoded(request, viewed.image.numpy(), viewed.view, viewed.targets)
 
 
-def load_sample(split: DatasetSplit, sample: Sample) -> RawSample:
-    """A sample decoded; a read that fails is tried again a few times.
+def load_sample(split: DatasetSplit, sample: Sample, frames: FrameChoice) -> RawSample:
+    """A sample decoded, of a video the frames that are chosen; a read that fails is tried again a few times.
 
     Raises DataError if the sample cannot be decoded, OSError if it could not be read.
     """
+
+    def load() -> RawSample:
+        return split.load_frames(split.root, sample, frames) if split.load_frames else split.load(split.root, sample)
+
     for attempt in range(ATTEMPTS - 1):
         try:
-            return split.load(split.root, sample)
+            return load()
         except OSError:
             time.sleep(0.2 * 4**attempt)
-    return split.load(split.root, sample)
+    return load()
 
 
 def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:

@@ -16,6 +16,7 @@ from fcache.cache_spec.tables import FittedTables
 from fcache.extractor.decoding import Decoded, decode
 from fcache.extractor.encode import LevelFacts, Tables, encode_batch, tables_on
 from fcache.extractor.events import (
+    DataNoted,
     Event,
     ExtractionStarted,
     RecordsDone,
@@ -135,6 +136,9 @@ class _Run:
     def announce(self, tasks: list[Task], plan: Plan) -> None:
         """Reports what is to do."""
         self.total = sum(len(t.requests) for t in tasks)
+        for split in self.prepared.splits.values():
+            for note in split.notes:
+                self.report(DataNoted(note))
         self.report(ExtractionStarted(self.total, plan.records - plan.pending_records, plan.pending_bytes))
 
     def do(self, tasks: list[Task]) -> None:

@@ -46,4 +46,11 @@ class WaitingForOthers:
     shards: int
 
 
-Event = ExtractionStarted | RecordsDone | ShardCommitted | SampleQuarantined | WaitingForOthers
+@dataclass(frozen=True)
+class DataNoted:
+    """Something about the data that a user should know."""
+
+    text: str
+
+
+Event = DataNoted | ExtractionStarted | RecordsDone | ShardCommitted | SampleQuarantined | WaitingForOthers

@@ -16,14 +16,19 @@ from fcache.extractor.forward import features_of
 from fcache.extractor.job import Job
 from fcache.extractor.live import coded, live_info, stacked_targets
 from fcache.extractor.prepare import UNKNOWN_SIZE, Prepared, find_recipe, image_sizes, prepare
+from fcache.extractor.videos import FrameChoice
 from fcache.extractor.views import (
     TTA,
+    AnyCut,
+    ClipCut,
     PlannedView,
     canvas,
     cut_views,
     draw_view,
+    flat,
     parse_tta,
     plan_views,
+    spread_clips,
     view_targets,
 )
 
@@ -34,29 +39,50 @@ MOST_IMAGES = 16
 
 
 def image_views(
-    images: Sequence[np.ndarray],
+    images: Sequence[RawSample],
     plans: Sequence[Plan],
     *,
     ids: Sequence[str],
     backbone: Backbone,
     targets: Mapping[str, Any],
 ) -> ImageViews[Tensor]:
-    """Images uint8 [H, W, 3] in their planned views, whose canvases are the same for all images, view by view."""
+    """Images, or videos of which all planned clips are there, in their planned views, view by view.
+
+    The canvases of the views are the same for all images.
+    """
     canvases = [plan.canvas for plan in plans[0]]
     assert all([plan.canvas for plan in plans_of] == canvases for plans_of in plans), "images go together by canvases"
 
     def blocks() -> Iterator[Block[Tensor]]:
-        cut = zip(*(cut_views(image, plan) for image, plan in zip(images, plans, strict=True)), strict=True)
+        clips = [_clips(image, plan) for image, plan in zip(images, plans, strict=True)]
+        cut = zip(*(cut_views(pixels, plan) for (pixels, _), plan in zip(clips, plans, strict=True)), strict=True)
         for number, (pixels, size) in enumerate(zip(cut, canvases, strict=True)):
             yield Block(
                 ids=tuple(ids),
-                views=tuple(plan[number].view for plan in plans),
+                views=tuple(
+                    replace(plan[number].view, frames=numbers[plan[number].clip])
+                    for (_, numbers), plan in zip(clips, plans, strict=True)
+                ),
                 view_indices=(number,) * len(images),
                 levels=coded(features_of(pixels, size, backbone), backbone, size),
                 targets={},
             )
 
     return ImageViews(tuple(ids), len(canvases), blocks, targets)
+
+
+def _clips(image: RawSample, plan: Plan) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
+    """Pixels as `cut_views` takes them, and the numbers of the frames of each clip."""
+    if not image.frames:
+        return image.image, ((),)
+    count = 1 + max(view.clip for view in plan)
+    numbers = np.reshape(image.frames, (count, -1))
+    return image.image.reshape(count, -1, *image.image.shape[1:]), tuple(tuple(row) for row in numbers.tolist())
+
+
+def choose_clips(cut: AnyCut, tta: TTA) -> FrameChoice:
+    """Chooses the frames of all clips of the test-time views of a video."""
+    return lambda count: flat(spread_clips(cut.clip, count, tta.clips)) if isinstance(cut, ClipCut) else ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class LiveViews:
             together.setdefault((index, *(p.canvas for p in plan)), []).append((index, sample, plan))
         batches: list[tuple[tuple[int, Sample, Plan], ...]] = []
         for found in together.values():
-            step = self.batch_size or images_together(found[0][2])
+            step = self.batch_size or images_together(found[0][2], self.prepared.recipe.frames or 1)
             batches += [tuple(found[i : i + step]) for i in range(0, len(found), step)]
         object.__setattr__(self, "_batches", tuple(batches))
 
@@ -114,7 +140,9 @@ class LiveViews:
 
     def _submit(self, pool: ThreadPoolExecutor, number: int) -> "list[Future[RawSample]]":
         split = self.prepared.splits[self.split]
-        return [pool.submit(load_sample, split, s) for batch in self._batches[number : number + 1] for _, s, _ in batch]
+        frames = choose_clips(self.prepared.recipe.evaluation, self.tta)
+        batches = self._batches[number : number + 1]
+        return [pool.submit(load_sample, split, s, frames) for batch in batches for _, s, _ in batch]
 
     def _loaded(self, future: "Future[RawSample]", sample: Sample) -> RawSample:
         try:
@@ -127,7 +155,7 @@ class LiveViews:
         cut = self.prepared.recipe.cut("evaluation")
         records: list[Mapping[str, Any]] = []
         for (_, sample, plan), raw in zip(batch, raws, strict=True):
-            size = (raw.image.shape[0], raw.image.shape[1])
+            size = raw.size
             if size != plan[0].image_size:
                 raise DataError(
                     f"sample {sample.id!r}: an image of {size[1]}x{size[0]} pixels, its header said "
@@ -137,7 +165,7 @@ class LiveViews:
             drawn = draw_view(cut, seed=self.prepared.job.seed, sample_id=sample.id, view=0, image_size=size)
             records.append(view_targets(drawn, raw=raw, canvas=group.canvas, role="evaluation"))
         return image_views(
-            [raw.image for raw in raws],
+            raws,
             [plan for _, _, plan in batch],
             ids=[sample.id for _, sample, _ in batch],
             backbone=self.prepared.backbone,
@@ -145,9 +173,11 @@ class LiveViews:
         )
 
 
-def images_together(plan: Plan) -> int:
-    """How many images of these views go through the backbone at once, unless told otherwise."""
-    return max(1, min(MOST_IMAGES, PASS_PIXELS // max(p.canvas[0] * p.canvas[1] for p in plan)))
+def images_together(plan: Plan, frames: int = 1) -> int:
+    """How many images, or clips of so many frames, of these views go through the backbone at once, unless told
+    otherwise.
+    """
+    return max(1, min(MOST_IMAGES, PASS_PIXELS // (frames * max(p.canvas[0] * p.canvas[1] for p in plan))))
 
 
 def find_tta(text: str, job: Job) -> TTA:

@@ -1,4 +1,4 @@
-"""Photos from anywhere as blocks of features: found, decoded, cut and run through the backbone of a job."""
+"""Photos and videos from anywhere as blocks of features: found, decoded, cut and run through the backbone of a job."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from fcache.cache_spec import DataError, ImageViews, SpecError
+from fcache.extractor import videos
 from fcache.extractor.backbones import Backbone
+from fcache.extractor.datasets import RawSample
 from fcache.extractor.images import EXTENSIONS, image_size, load_image
 from fcache.extractor.job import Job
-from fcache.extractor.liveviews import Plan, image_views
-from fcache.extractor.prepare import find_recipe, load_job_backbone
+from fcache.extractor.liveviews import Plan, choose_clips, image_views
+from fcache.extractor.prepare import UNKNOWN_SIZE, find_recipe, load_job_backbone
 from fcache.extractor.views import TTA, ViewRecipe, plan_views
 
 
@@ -28,10 +30,13 @@ class FoundPhoto:
 
 @dataclass(frozen=True)
 class Photo:
-    """A decoded photo: uint8 RGB `image` [H, W, 3], its EXIF orientation applied."""
+    """A decoded photo: uint8 RGB `image` [H, W, 3], its EXIF orientation applied; or the `frames` of a video that are
+    seen, `image` [T, H, W, 3].
+    """
 
     path: Path
     image: np.ndarray
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,26 @@ class SeenPhotos:
     views: ImageViews[Tensor]
 
 
-def find_photos(paths: Iterable[Path], *, leave_out: Path | None = None) -> tuple[FoundPhoto, ...]:
+def endings_of(job: Job) -> frozenset[str]:
+    """The endings of the files that the test view of a job is one of: photos or videos."""
+    return EXTENSIONS if find_recipe(job).frames is None else videos.EXTENSIONS
+
+
+def find_photos(
+    paths: Iterable[Path], *, leave_out: Path | None = None, endings: frozenset[str] = EXTENSIONS
+) -> tuple[FoundPhoto, ...]:
     """The photos that paths of files and folders name, each once, in the order of the paths.
 
-    Folders are searched with all folders below them, in the order of names; only files with an ending of
-    `EXTENSIONS` count, and none whose name or folder begins with a dot, or that lie in the folder `leave_out`.
+    Folders are searched with all folders below them, in the order of names; only files with one of the `endings`
+    count, and none whose name or folder begins with a dot, or that lie in the folder `leave_out`.
     Raises DataError if a path does not exist, or a folder holds no photo; OSError if a folder cannot be listed.
     """
     found: dict[str, FoundPhoto] = {}
     for path in paths:
         if path.is_dir():
-            below = [FoundPhoto(p, p.relative_to(path)) for p in _below(path, leave_out)]
+            below = [FoundPhoto(p, p.relative_to(path)) for p in _below(path, leave_out, endings)]
             if not below:
-                raise DataError(f"{path} holds no photo ({', '.join(sorted(EXTENSIONS))})")
+                raise DataError(f"{path} holds no photo ({', '.join(sorted(endings))})")
         elif path.exists():
             below = [FoundPhoto(path, Path(path.name))]
         else:
@@ -72,7 +84,7 @@ def find_photos(paths: Iterable[Path], *, leave_out: Path | None = None) -> tupl
     return tuple(found.values())
 
 
-def _below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+def _below(folder: Path, leave_out: Path | None, endings: frozenset[str]) -> Iterator[Path]:
     # Links resolved: the same folder may be named in two ways.
     left_out = None if leave_out is None else os.path.realpath(leave_out)
 
@@ -86,7 +98,7 @@ def _below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
             if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) != left_out
         )
         for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+            if not name.startswith(".") and Path(name).suffix.lower() in endings:
                 yield Path(parent, name)
 
 
@@ -112,11 +124,11 @@ class PhotoReader:
         batches, unreadable = ([[p] for p in paths], []) if batch_size == 1 else self._batches(paths, views, batch_size)
         yield from unreadable
         with ThreadPoolExecutor(2, "fcache-decode") as pool:
-            ahead = [pool.submit(_load, path) for path in batches[0]] if batches else []
+            ahead = [pool.submit(self._load, path, views) for path in batches[0]] if batches else []
             for number in range(len(batches)):
                 now, following = ahead, batches[number + 1] if number + 1 < len(batches) else []
                 # The next photos are decoded while the backbone works on these.
-                ahead = [pool.submit(_load, path) for path in following]
+                ahead = [pool.submit(self._load, path, views) for path in following]
                 loaded = [future.result() for future in now]
                 yield from (found for found in loaded if isinstance(found, Unreadable))
                 yield from self._seen([found for found in loaded if isinstance(found, Photo)], views)
@@ -127,7 +139,9 @@ class PhotoReader:
         unreadable: list[Unreadable] = []
         for path in paths:
             try:
-                plan = self._plan(image_size(path, apply_orientation=True), tta)
+                # Videos are all seen at the same size.
+                video = self.recipe.frames is not None
+                plan = self._plan(UNKNOWN_SIZE if video else image_size(path, apply_orientation=True), tta)
             except (DataError, OSError) as e:
                 unreadable.append(Unreadable(path, _reason(path, e)))
             else:
@@ -138,12 +152,12 @@ class PhotoReader:
         """Photos that were read for one pass: by canvases again, as a header may say something else than the pixels."""
         together: dict[tuple[tuple[int, int], ...], list[tuple[Photo, Plan]]] = {}
         for photo in photos:
-            plan = self._plan((photo.image.shape[0], photo.image.shape[1]), tta)
+            plan = self._plan(RawSample(photo.image).size, tta)
             together.setdefault(tuple(p.canvas for p in plan), []).append((photo, plan))
         for members in together.values():
             seen = tuple(photo for photo, _ in members)
             views = image_views(
-                [photo.image for photo in seen],
+                [RawSample(photo.image, frames=photo.frames) for photo in seen],
                 [plan for _, plan in members],
                 ids=[str(photo.path) for photo in seen],
                 backbone=self.backbone,
@@ -151,15 +165,17 @@ class PhotoReader:
             )
             yield SeenPhotos(seen, views)
 
+    def _load(self, path: Path, tta: TTA) -> Photo | Unreadable:
+        try:
+            if self.recipe.frames is None:
+                return Photo(path, load_image(path, apply_orientation=True))
+            read = videos.read_frames(path, choose_clips(self.recipe.evaluation, tta))
+            return Photo(path, read.pixels, read.numbers)
+        except (DataError, OSError) as e:
+            return Unreadable(path, _reason(path, e))
+
     def _plan(self, size: tuple[int, int], tta: TTA) -> Plan:
         return plan_views(self.recipe.evaluation, tta, size, multiple=self.backbone.size_multiple)
-
-
-def _load(path: Path) -> Photo | Unreadable:
-    try:
-        return Photo(path, load_image(path, apply_orientation=True))
-    except (DataError, OSError) as e:
-        return Unreadable(path, _reason(path, e))
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -171,4 +187,6 @@ def _reason(path: Path, error: Exception) -> str:
 def open_photos(job: Job) -> PhotoReader:
     """A reader of photos with the backbone and test view of a job. Raises SpecError or DataError."""
     recipe = find_recipe(job)
+    if recipe.frames is not None:
+        videos.check_decoder()
     return PhotoReader(recipe, load_job_backbone(job, recipe))

@@ -50,7 +50,8 @@ class Plan:
     `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
     measured rate, None if it was not measured; then `encodings` maps each encoding to the bytes that it takes for a
     record, measured on the same batch (None where the features do not fit). `view_bytes` maps numbers of training views
-    to the bytes of the training split; it is empty if all views of an image are the same one.
+    to the bytes of the training split; it is empty if all views of an image are the same one. `notes` say what a user
+    should know of the data.
     """
 
     cache: str
@@ -60,6 +61,7 @@ class Plan:
     free_bytes: int | None
     random_weights: str | None
     view_bytes: Mapping[int, int]
+    notes: tuple[str, ...] = ()
     seconds: float | None = None
     encodings: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -114,6 +116,7 @@ def plan_of(prepared: Prepared) -> Plan:
         free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
         view_bytes=_view_bytes(prepared, training) if training.role == "training" else {},
+        notes=tuple(note for split in prepared.splits.values() for note in split.notes),
     )
 
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SplitRecipe, subset_ids, to_json
+from fcache.cache_spec import DataError, FeatureSpec, Group, Manifest, SpecError, SplitRecipe, subset_ids, to_json
 from fcache.cache_spec.layout import choose_shard_records, record_bytes
 from fcache.cache_spec.names import Names
 from fcache.cache_spec.storage.protocol import open_storage
 from fcache.cache_spec.store import read_manifest
-from fcache.extractor.backbones import Backbone, load_backbone
+from fcache.extractor.backbones import LAST, Backbone, load_backbone, of_clips
 from fcache.extractor.datasets import DatasetSplit, Sample, open_split
 from fcache.extractor.decoding import Decoder
 from fcache.extractor.job import Job
 from fcache.extractor.views import (
-    Cut,
+    AnyCut,
     ViewRecipe,
     canvas,
     default_recipe,
@@ -61,22 +61,24 @@ def find_recipe(job: Job) -> ViewRecipe:
 
 
 def load_job_backbone(job: Job, recipe: ViewRecipe) -> Backbone:
-    """The backbone of a job, on its device."""
-    return load_backbone(
+    """The backbone of a job, on its device. Of clips it gives the last maps, unless others are named."""
+    backbone = load_backbone(
         job.model,
         weights=job.weights,
         input_size=canvas(recipe.training, UNKNOWN_SIZE),
         precision=job.precision,
-        levels=job.levels,
+        levels=job.levels or (None if recipe.frames is None else (LAST,)),
         window=job.window,
         device=job.device,
     )
+    return backbone if recipe.frames is None else of_clips(backbone, recipe.frames)
 
 
 def prepare(job: Job) -> Prepared:
     """Opens everything a job names. Raises SpecError or DataError before any work if something does not fit."""
     recipe = find_recipe(job)
     splits = {name: open_split(job.dataset, job.root, name) for name in job.splits}
+    _check_kind(job, recipe, splits)
     backbone = load_job_backbone(job, recipe)
     stored = None if job.grow else read_manifest(open_storage(job.cache))
     groups = [
@@ -110,6 +112,16 @@ def prepare(job: Job) -> Prepared:
     return Prepared(job, recipe, splits, backbone, wanted)
 
 
+def _check_kind(job: Job, recipe: ViewRecipe, splits: Mapping[str, DatasetSplit]) -> None:
+    """Raises SpecError if a view recipe of images meets videos, or one of clips meets images."""
+    if any((split.load_frames is None) != (recipe.frames is None) for split in splits.values()):
+        kinds = ("images", "videos") if recipe.frames is None else ("clips of videos", "images")
+        raise SpecError(
+            f"view recipe {recipe.name!r} is one of {kinds[0]}, dataset {job.dataset!r} holds {kinds[1]}; "
+            f"use --view-recipe {default_recipe(job.dataset).name}"
+        )
+
+
 def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbone) -> list[Group]:
     samples = split.samples
     if job.subset is not None:
@@ -118,8 +130,9 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
     samples = samples[: job.limit]
     training = split.role == "training"
     cut = recipe.cut(split.role)
-    # A training canvas is the recipe's; only evaluation needs the size of every image.
-    sizes = [UNKNOWN_SIZE] * len(samples) if training else image_sizes(split, samples)
+    # A training canvas is the recipe's, and so are all of videos; only evaluation needs the size of every image.
+    sized = not training and recipe.frames is None
+    sizes = image_sizes(split, samples) if sized else [UNKNOWN_SIZE] * len(samples)
     members: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
         members.setdefault(canvas(cut, size, multiple=backbone.size_multiple), []).append(i)
@@ -128,7 +141,7 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
         levels = backbone.levels_at(size)
         encoding = job.encoding if training else job.evaluation_encoding
         records = job.shard_records or choose_shard_records(len(indices), record_bytes(levels, encoding))
-        batch = job.batch_size or (16 if job.device.startswith("cuda") else 4)
+        batch = job.batch_size or _images_together(job, recipe)
         groups.append(
             Group(
                 path=split.name if training else f"{split.name}/{size[0]}x{size[1]}",
@@ -148,6 +161,13 @@ def _groups(job: Job, recipe: ViewRecipe, split: DatasetSplit, backbone: Backbon
             )
         )
     return groups
+
+
+def _images_together(job: Job, recipe: ViewRecipe) -> int:
+    """Samples in one forward pass of a new group."""
+    if recipe.frames is None:
+        return 16 if job.device.startswith("cuda") else 4
+    return max(1, (128 if job.device.startswith("cuda") else 4) // recipe.frames)
 
 
 def _stored_groups(stored: Manifest, split: DatasetSplit) -> list[Group]:
@@ -180,7 +200,7 @@ def image_sizes(split: DatasetSplit, samples: tuple[Any, ...]) -> list[tuple[int
 
 
 def _limits(
-    split: DatasetSplit, cut: Cut, size: tuple[int, int], samples: list[Sample], sizes: list[tuple[int, int]]
+    split: DatasetSplit, cut: AnyCut, size: tuple[int, int], samples: list[Sample], sizes: list[tuple[int, int]]
 ) -> dict[str, int]:
     """Maxima of ragged targets. Padding costs almost nothing on disk, so room is left for samples that come later."""
     limits: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """Continuing on another machine or with other library versions: first show that it computes the same numbers."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,10 @@ CODES_APART = 0.01
 
 def backbone_fingerprint(prepared: Prepared) -> dict[str, Any]:
     """What this process computes with."""
-    return fingerprint(prepared.backbone.device, precision=prepared.job.precision)
+    found = fingerprint(prepared.backbone.device, precision=prepared.job.precision)
+    if prepared.recipe.frames is not None:
+        found["versions"]["decord"] = version("decord")
+    return found
 
 
 def recheck(writer: CacheWriter, prepared: Prepared, tasks: list[Task]) -> None:

@@ -61,6 +61,7 @@ from fcache.heads.runs import Run as Run
 from fcache.heads.runs import find_runs as find_runs
 from fcache.heads.runs import load_run as load_run
 from fcache.heads.schedules import Schedule as Schedule
+from fcache.heads.sheets import contact_sheet as contact_sheet
 from fcache.heads.tasks import find_head as find_head
 from fcache.heads.tasks import head_names as head_names
 from fcache.heads.trainer import train as train

@@ -24,6 +24,7 @@ class Prediction:
     """What a head says about one sample: `value` as its task has it, on the CPU.
 
     `semantic`: a label map, uint8 [H, W] at original size. `classification`: logits [K, C] of its K classifiers.
+    `video`: logits [1 + V, C] of the video and of each of its V views.
     `detection`: `Detections`.
     """
 

@@ -27,6 +27,7 @@ SHORT_NAMES: Mapping[str, str] = {
 }
 # The ViT detection paper's windows.
 _SHORT_WINDOWS: Mapping[str, int] = {"vit-b-det": 14, "vit-l-det": 14}
+LAST, POOLED = "last", "pooled"
 _PYRAMID_STRIDES = (4, 8, 16, 32)
 
 Size = tuple[int, int]
@@ -35,11 +36,14 @@ Window = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Tap:
-    """One map that a model can give: its level name, its index in timm's `forward_intermediates` and its stride."""
+    """One map that a model can give: its level name, its index in timm's `forward_intermediates` and its stride; or
+    the mean of that map over its height and width.
+    """
 
     name: str
     index: int
     stride: int
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,22 @@ def _build(name: str, arguments: Mapping[str, Any], local_window: int | None) ->
 
 
 def run_taps(model: nn.Module, images: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
-    """The raw maps of `taps` (in the order of computation) for images [B, 3, H, W]: no final norm, no prefix tokens."""
+    """The raw maps of `taps` (in the order of computation) for images [B, 3, H, W]: no final norm, no prefix tokens.
+
+    Pooled ones are [B, C], means in float32.
+    """
     network: Any = model
+    indices = list(dict.fromkeys(tap.index for tap in taps))
     maps = network.forward_intermediates(
         images,
-        indices=[tap.index for tap in taps],
+        indices=indices,
         norm=False,
         stop_early=True,
         output_fmt="NCHW",
         intermediates_only=True,
     )
-    return {tap.name: x for tap, x in zip(taps, maps, strict=True)}
+    found = dict(zip(indices, maps, strict=True))
+    return {tap.name: found[tap.index].float().mean((2, 3)) if tap.pooled else found[tap.index] for tap in taps}
 
 
 def level_specs(model: nn.Module, size: Size, taps: Sequence[Tap]) -> tuple[LevelSpec, ...]:
@@ -125,30 +134,35 @@ def level_specs(model: nn.Module, size: Size, taps: Sequence[Tap]) -> tuple[Leve
         raise SpecError(
             f"this model does not take inputs of {size[0]}x{size[1]}: {error}; choose another input size or model"
         ) from error
-    return tuple(LevelSpec(tap.name, "C H W", tuple(maps[tap.name].shape[1:]), tap.stride) for tap in taps)
+    return tuple(
+        LevelSpec(tap.name, "C" if tap.pooled else "C H W", tuple(maps[tap.name].shape[1:]), tap.stride) for tap in taps
+    )
 
 
 def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tuple[Tap, ...]:
-    """The taps named by `levels`: strides ("4"), level names ("level-4") or blocks ("block-5", from 0).
+    """The taps named by `levels`: strides ("4"), level names ("level-4") or blocks ("block-5", from 0); "last" is the
+    last map, "pooled" the mean of that one over its height and width.
 
     None means strides 4 to 32 of a pyramid, or the blocks at a quarter, half, three quarters and the end of a plain
     model (the ViT detection paper's four taps). Raises SpecError if a level does not exist.
     """
-    taps = {tap.name: tap for tap in architecture.taps}
+    last = architecture.taps[-1]
+    pooled = replace(last, name=POOLED, pooled=True)
+    taps = {tap.name: tap for tap in (*architecture.taps, pooled)}
     if levels is None:
         if architecture.plain:
-            return tuple(architecture.taps[i] for i in quarter_blocks(len(taps)))
+            return tuple(architecture.taps[i] for i in quarter_blocks(len(architecture.taps)))
         found = tuple(tap for tap in architecture.taps if tap.stride in _PYRAMID_STRIDES)
         return found or architecture.taps
     if not levels:
         raise SpecError(f"levels names at least one of {', '.join(taps)}")
     chosen = set()
     for level in levels:
-        name = f"level-{level}" if level.isdecimal() else level
+        name = f"level-{level}" if level.isdecimal() else last.name if level == LAST else level
         if name not in taps:
             raise SpecError(f"{architecture.family} has no level {level!r}; it has {', '.join(taps)}")
         chosen.add(name)
-    return tuple(tap for tap in architecture.taps if tap.name in chosen)
+    return tuple(tap for tap in taps.values() if tap.name in chosen)
 
 
 @functools.lru_cache(maxsize=16)

@@ -37,8 +37,8 @@ class Backbone:
     `levels_at(canvas)` gives the levels with their true sizes for inputs of `canvas` (height, width), whose sides are
     multiples of `size_multiple` (the model's native size is taken too); it runs no real forward. `forward(images)`
     takes normalised RGB images, float32 [B, 3, H, W] on `device`, and returns float32 [B, C, h, w] by level name: raw
-    stage maps without final norm and prefix tokens, contiguous, free of gradients. Both raise SpecError for a size
-    that the model cannot take.
+    stage maps without final norm and prefix tokens, or the mean of one, [B, C]; contiguous, free of gradients. Both
+    raise SpecError for a size that the model cannot take.
     `random_weights` is "random:SEED" for weights that were never trained, else None.
     """
 
@@ -64,10 +64,10 @@ def load_backbone(
 
     `weights` is a file (.safetensors, .pth, .pt, .bin), "pretrained" (timm's hub) or "random:SEED". `input_size`
     (height, width) is the usual input; the windows in use there are part of the identity, other canvases are served
-    too. `precision` "bf16" computes under autocast, "fp32" strictly (no TF32). `levels` names strides ("4") or blocks
-    ("block-5"); None takes strides 4 to 32, or four evenly spaced blocks of a plain ViT. `window` replaces the window
-    sizes, in tokens (one, or one a stage), or gives a plain ViT windows in all but four blocks; None keeps the
-    architecture's at every input size.
+    too. `precision` "bf16" computes under autocast, "fp32" strictly (no TF32). `levels` names strides ("4"), blocks
+    ("block-5"), "last" or "pooled" (see `choose_taps`); None takes strides 4 to 32, or four evenly spaced blocks of a
+    plain ViT. `window` replaces the window sizes, in tokens (one, or one a stage), or gives a plain ViT windows in all
+    but four blocks; None keeps the architecture's at every input size.
 
     Raises SpecError for an unknown model, level, precision or form of weights and for a size that does not fit,
     DataError for weights that cannot be read or that belong to another architecture.

@@ -45,7 +45,8 @@ def open_split(dataset: str, root: Path, split: str) -> DatasetSplit:
         raise unknown_name(f"split of {dataset}", split, found.splits)
     opened = found.open_split(check_folder(Path(root), role=f"the data root of {dataset}"), split)
     if not opened.samples:
-        raise DataError(f"{root}: split {split!r} of {dataset} holds no image; check the data root")
+        what = "image" if opened.load_frames is None else "video"
+        raise DataError(f"{root}: split {split!r} of {dataset} holds no {what}; check the data root")
     samples = tuple(sorted(opened.samples, key=lambda s: s.id))
     if same := {a.id for a, b in itertools.pairwise(samples) if a.id == b.id}:
         raise DataError(f"{root}: sample ids must be unique, these are not: {some(list(same))}; rename the files")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fcache.cache_spec.errors import DataError
+from fcache.cache_spec.errors import DataError, SpecError
 from fcache.cache_spec.spec import TargetSpec
 from fcache.extractor.coco import Bounds
+from fcache.extractor.videos import FrameChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,22 @@ class Instances:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A decoded sample: uint8 RGB `image` [H, W, 3] and targets by kind, at the image's size.
+    """A decoded sample: uint8 RGB `image` [H, W, 3], or the `frames` of a video by their numbers, `image` [T, H, W, 3];
+    and targets by kind, at the image's size.
 
-    "semantic" is uint8 [H, W] of class indices, 255 where nothing counts; "class" is an int; "instances" are
-    `Instances`.
+    "semantic" is uint8 [H, W] of class indices, 255 where nothing counts; "class" and "clip" are an int; "instances"
+    are `Instances`.
     """
 
     image: np.ndarray
     targets: Mapping[str, Any] = field(default_factory=dict)
+    frames: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        height, width = self.image.shape[-3:-1]
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,9 @@ class DatasetSplit:
     `role` is "training" or "evaluation". `load(root, sample)` decodes one sample; it raises OSError where a read failed
     and may be tried again, DataError where the sample itself is bad. `image_size(root, sample)` is the
     (height, width) that `load` would give, read from headers only; same errors. `instances(sample)` bounds what the
-    instances of a sample take, where there are such targets.
+    instances of a sample take, where there are such targets. Splits of videos have `load_frames(root, sample, choose)`
+    in place of `load`: it decodes the frames that `choose(number of frames)` names, with the same errors. `notes` say
+    what a user should know of the data.
     """
 
     dataset: str
@@ -79,6 +90,8 @@ class DatasetSplit:
     load: Callable[[Path, Sample], RawSample]
     image_size: Callable[[Path, Sample], tuple[int, int]]
     instances: Callable[[Sample], Bounds] | None = None
+    load_frames: Callable[[Path, Sample, FrameChoice], RawSample] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,11 @@ class Dataset:
     splits: Mapping[str, str]
     view_recipe: str
     open_split: Callable[[Path, str], DatasetSplit]
+
+
+def no_image(root: Path, sample: Sample) -> RawSample:
+    """The `load` of splits of videos. Raises SpecError: their samples are no images."""
+    raise SpecError(f"{root / sample.path} is a video; a view recipe of clips, such as kinetics400, is needed")
 
 
 def sample_digest(sample_id: str, files: Sequence[tuple[str, int]]) -> str:

@@ -1,5 +1,8 @@
 """Views: seeded, recorded and replayable cuts of images, with the same geometry for pixels and targets."""
 
+from fcache.extractor.views.clips import Clip as Clip
+from fcache.extractor.views.clips import flat as flat
+from fcache.extractor.views.clips import spread_clips as spread_clips
 from fcache.extractor.views.drawn import Drawn as Drawn
 from fcache.extractor.views.frames import CentreCrop as CentreCrop
 from fcache.extractor.views.frames import Fit as Fit
@@ -12,6 +15,8 @@ from fcache.extractor.views.looks import ColourJitter as ColourJitter
 from fcache.extractor.views.looks import Erasing as Erasing
 from fcache.extractor.views.looks import PhotometricDistortion as PhotometricDistortion
 from fcache.extractor.views.looks import RandAugment as RandAugment
+from fcache.extractor.views.recipes import AnyCut as AnyCut
+from fcache.extractor.views.recipes import ClipCut as ClipCut
 from fcache.extractor.views.recipes import Cut as Cut
 from fcache.extractor.views.recipes import ViewRecipe as ViewRecipe
 from fcache.extractor.views.recipes import canvas as canvas
@@ -29,6 +34,7 @@ from fcache.extractor.views.tta import plan_views as plan_views
 from fcache.extractor.views.viewed import ViewedSample as ViewedSample
 from fcache.extractor.views.viewed import apply_view as apply_view
 from fcache.extractor.views.viewed import cut_view as cut_view
+from fcache.extractor.views.viewed import draw_frames as draw_frames
 from fcache.extractor.views.viewed import draw_view as draw_view
 from fcache.extractor.views.viewed import truth_bytes_limit as truth_bytes_limit
 from fcache.extractor.views.viewed import view_targets as view_targets

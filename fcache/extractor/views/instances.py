@@ -14,7 +14,7 @@ from fcache.extractor.views.drawn import Drawn
 from fcache.extractor.views.frames import largest_scale
 from fcache.extractor.views.looks import RandAugment
 from fcache.extractor.views.nearest import indices
-from fcache.extractor.views.recipes import Cut
+from fcache.extractor.views.recipes import AnyCut
 
 Size = tuple[int, int]
 # JSON of an annotation without its mask: names, a box and an area of full precision, ids, sizes.
@@ -70,7 +70,7 @@ def _mask(
     return int(np.count_nonzero(part)), encode_part(part, first, start, canvas)
 
 
-def instance_limits(bounds: Sequence[Bounds], cut: Cut, canvas: Size, role: str) -> dict[str, int]:
+def instance_limits(bounds: Sequence[Bounds], cut: AnyCut, canvas: Size, role: str) -> dict[str, int]:
     """Maxima of the arrays of "instances" for images of these bounds, in every view that `cut` can draw.
 
     Raises SpecError for a cut that rotates and shears.

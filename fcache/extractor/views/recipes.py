@@ -11,6 +11,7 @@ from typing import Any
 from fcache.cache_spec.errors import SpecError, unknown_name
 from fcache.cache_spec.identity import from_json
 from fcache.extractor.datasets import find_dataset
+from fcache.extractor.views.clips import Clip
 from fcache.extractor.views.frames import (
     PLACEMENTS,
     CentreCrop,
@@ -44,15 +45,45 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class ClipCut:
+    """How one view of a video is cut: which frames it has, and where it lies, the same in all of them.
+
+    `revision` grows when equal parameters give other pixels. Raises SpecError for numbers without sense.
+    """
+
+    place: Placement
+    clip: Clip
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        check_placement(self.place)
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """None: colours of frames stay as they are."""
+        return ()
+
+
+AnyCut = Cut | ClipCut
+
+
+@dataclass(frozen=True)
 class ViewRecipe:
-    """The cuts of training and evaluation splits, and the usual number of training views."""
+    """The cuts of training and evaluation splits, both of images or both of as many frames, and the usual number of
+    training views.
+    """
 
     name: str
-    training: Cut
-    evaluation: Cut
+    training: AnyCut
+    evaluation: AnyCut
     views: int
 
-    def cut(self, role: str) -> Cut:
+    @property
+    def frames(self) -> int | None:
+        """Frames of a clip, None for images."""
+        return self.training.clip.frames if isinstance(self.training, ClipCut) else None
+
+    def cut(self, role: str) -> AnyCut:
         """The cut of a role ("training" or "evaluation")."""
         return self.training if role == "training" else self.evaluation
 
@@ -68,6 +99,13 @@ def _segmentation(name: str, side: int, views: int) -> ViewRecipe:
 def _jitter(side: int, *, scale: tuple[float, float] = (0.1, 2.0)) -> Cut:
     """Large-scale jitter: the picture scaled to fit `side` times a random factor, cut or padded to `side`, flipped."""
     return Cut(ScaleCrop(size=(side, side), long=side, short=side, scale=scale, flip=0.5))
+
+
+def _clips(name: str, box: ResizedCrop, *, frames: int, interval: int) -> ViewRecipe:
+    """Random boxes of random clips; the centre of the middle clip, at the shorter side of the box."""
+    centre = CentreCrop(size=box.size, short=min(box.size), interpolation=box.interpolation)
+    clip = Clip(frames, interval, "random")
+    return ViewRecipe(name, ClipCut(box, clip), ClipCut(centre, replace(clip, start="middle")), views=4)
 
 
 _RANDOM_BOX = ResizedCrop(size=(224, 224), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
@@ -95,6 +133,20 @@ _RECIPES: Mapping[str, ViewRecipe] = {
         ViewRecipe("vit-det", _jitter(1024), Cut(Fit(size=(1024, 1024))), views=4),
         # The same at a sixteenth of the pixels, for machines without an accelerator; a tenth of 256 shows nothing.
         ViewRecipe("coco-small", _jitter(256, scale=(0.5, 2.0)), Cut(KeepRatio(long=256, short=256)), views=4),
+        # The frozen paper, Table 13; what it leaves open is said in docs/design/views.md.
+        _clips(
+            "kinetics400",
+            ResizedCrop((224, 224), scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, interpolation="bilinear"),
+            frames=16,
+            interval=4,
+        ),
+        # For machines without an accelerator, and without flips: there are classes of motion that these exchange.
+        _clips(
+            "kinetics400-small",
+            ResizedCrop((128, 128), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0, interpolation="bilinear"),
+            frames=8,
+            interval=2,
+        ),
         ViewRecipe("plain", Cut(_WHOLE), Cut(_WHOLE), views=1),
     )
 }
@@ -128,17 +180,23 @@ def with_input_size(recipe: ViewRecipe, size: Size) -> ViewRecipe:
     )
 
 
-def canvas(cut: Cut, image_size: Size, *, multiple: int = 32) -> Size:
+def canvas(cut: AnyCut, image_size: Size, *, multiple: int = 32) -> Size:
     """The padded (height, width) of a record: fixed by the cut, except that a keep-ratio view of an image of
     `image_size` has its own, rounded up to `multiple`.
     """
     return frame_canvas(cut.place, image_size, multiple=multiple)
 
 
-def cut_from_json(data: Mapping[str, Any]) -> Cut:
+def cut_from_json(data: Mapping[str, Any]) -> AnyCut:
     """The cut that `to_json` gave. Raises SpecError for unknown kinds and fields."""
+    if set(data) == {"place", "clip", "revision"}:
+        place = _part(data["place"], "placement", PLACEMENTS)
+        return ClipCut(place, from_json(Clip, data["clip"]), data["revision"])
     if set(data) != {"place", "looks", "revision"}:
-        raise SpecError(f"a cut has the fields place, looks and revision, found {sorted(data)}")
+        raise SpecError(
+            "a cut has the fields place, looks and revision, that of a clip place, clip and revision; found "
+            f"{sorted(data)}"
+        )
     return Cut(
         place=_part(data["place"], "placement", PLACEMENTS),
         looks=tuple(_part(look, "look", LOOKS) for look in data["looks"]),

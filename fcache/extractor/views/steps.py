@@ -20,13 +20,16 @@ _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.B
 
 
 def show(image: np.ndarray, frame: Frame) -> Tensor:
-    """What a frame shows of an image uint8 [H, W, 3]: uint8 [3, *frame.valid]."""
+    """What a frame shows of an image uint8 [H, W, 3]: uint8 [3, *frame.valid]; of a clip [T, H, W, 3] of each picture:
+    [T, 3, *frame.valid].
+    """
     top, left, height, width = frame.source
-    part = torch.from_numpy(np.ascontiguousarray(image[top : top + height, left : left + width])).permute(2, 0, 1)
+    part = np.ascontiguousarray(image[..., top : top + height, left : left + width, :])
+    part = torch.from_numpy(part).movedim(-1, -3)
     part = tv.resize(part, list(frame.resized), interpolation=_MODES[frame.interpolation], antialias=True)
     top, left, height, width = frame.window
-    part = part[:, top : top + height, left : left + width]
-    return (part.flip(2) if frame.flipped else part).contiguous()
+    part = part[..., top : top + height, left : left + width]
+    return (part.flip(-1) if frame.flipped else part).contiguous()
 
 
 def apply_steps(image: Tensor, steps: Sequence[Step]) -> Tensor:

@@ -1,6 +1,7 @@
 """Test-time augmentation: which views of an image a head is asked about, as data, and how they are cut."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from fcache.cache_spec.errors import SpecError, unknown_name
 from fcache.cache_spec.view import View
 from fcache.extractor.views.frames import CentreCrop, Frame, draw_frame, frame_canvas, scaled_placement
-from fcache.extractor.views.recipes import Cut
+from fcache.extractor.views.recipes import AnyCut, ClipCut
 from fcache.extractor.views.steps import show
 
 Size = tuple[int, int]
@@ -19,6 +20,8 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # What each option of a text belongs to.
 _OPTIONS = {"scales": "ms", "window": "slide", "stride": "slide"}
 WORDS = ("ms", "flip", "slide")
+# The number of clips and that of crops, as in "4x3".
+_CLIPS = re.compile(r"([1-9]\d?)x([13])")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class TTA:
 
     With a `window` (height, width) these are not seen whole but through windows of that size, which begin `stride`
     apart; the last of a row or column is shifted inside. A side shorter than the window is taken whole.
+    Of a video `clips` clips are seen, spread over it, each in `crops` crops: 1, the centre, or 3, both ends of the
+    longer side too.
     Raises SpecError for numbers without sense.
     """
 
@@ -34,12 +39,18 @@ class TTA:
     flip: bool = False
     window: Size | None = None
     stride: Size | None = None
+    clips: int = 1
+    crops: int = 1
 
     def __post_init__(self) -> None:
         if not self.scales or len(set(self.scales)) < len(self.scales) or min(self.scales) <= 0:
             raise SpecError(f"test-time scales are different positive numbers, got {self.scales}")
         if not all(math.isfinite(s) for s in self.scales):
             raise SpecError(f"test-time scales are finite, got {self.scales}")
+        if self.clips < 1 or self.crops not in (1, 3):
+            raise SpecError(
+                f"test-time views are those of 1 or more clips in 1 or 3 crops, got {self.clips}x{self.crops}"
+            )
         if (self.window is None) != (self.stride is None):
             raise SpecError(f"sliding windows need a window and a stride, got {self.window} and {self.stride}")
         if self.window and self.stride:
@@ -56,6 +67,8 @@ class TTA:
             for word, on in zip(WORDS, (self.scales != (1.0,), self.flip, self.window is not None), strict=True)
             if on
         ]
+        if (self.clips, self.crops) != (1, 1):
+            words.insert(0, f"{self.clips}x{self.crops}")
         options: list[str] = []
         if self.scales not in ((1.0,), SCALES):
             options.append("scales=" + ",".join(_scale_text(s) for s in self.scales))
@@ -67,15 +80,19 @@ class TTA:
 def parse_tta(text: str, *, crop: Size) -> TTA:
     """The views that a text such as "ms-flip", "slide:window=512,stride=341" or "ms-flip:scales=0.5,1" names.
 
-    The words "ms", "flip" and "slide" are joined by "-"; "plain" is the evaluation view alone. Scales are `SCALES`
+    The words "ms", "flip" and "slide" are joined by "-"; "plain" is the evaluation view alone. "4x3" before them is 4
+    clips of a video in 3 crops each. Scales are `SCALES`
     unless given. Windows (N, or HxW) are `crop` unless given, the size of training views; strides two thirds of them.
     Raises SpecError, with the nearest names, for a text of another form.
     """
     name, colon, rest = text.strip().partition(":")
     words = name.split("-")
+    counted = _CLIPS.fullmatch(words[0])
+    clips, crops = (int(counted[1]), int(counted[2])) if counted else (1, 1)
+    words = words[1:] if counted else words
     for word in words:
         if word not in (*WORDS, "plain"):
-            raise unknown_name("test-time view", word, (*WORDS, "plain"))
+            raise unknown_name("test-time view", word, (*WORDS, "plain", "4x3"))
     if len(set(words)) < len(words) or ("plain" in words and len(words) > 1):
         raise SpecError(f"test-time views are ms, flip and slide, each at most once and joined by '-', got {name!r}")
     options = _options(rest) if colon else {}
@@ -97,6 +114,8 @@ def parse_tta(text: str, *, crop: Size) -> TTA:
         flip="flip" in words,
         window=window if sliding else None,
         stride=stride if sliding else None,
+        clips=clips,
+        crops=crops,
     )
 
 
@@ -144,21 +163,25 @@ def _size_text(size: Size) -> str:
 
 @dataclass(frozen=True)
 class PlannedView:
-    """A view before it is cut: its frame in an image of `image_size`, and its canvas, both (height, width)."""
+    """A view before it is cut: its frame in an image of `image_size`, and its canvas, both (height, width); of a video
+    also which of its clips is seen.
+    """
 
     frame: Frame
     canvas: Size
     image_size: Size
+    clip: int = 0
 
     @property
     def view(self) -> View:
-        """The geometry."""
+        """The geometry; the numbers of frames are known when the video is decoded."""
         to_view = tuple(self.frame.matrix.ravel().tolist())
         return View(to_view=to_view, canvas=self.canvas, valid=self.frame.valid, image_size=self.image_size)
 
 
-def plan_views(cut: Cut, tta: TTA, image_size: Size, *, multiple: int) -> tuple[PlannedView, ...]:
-    """The test-time views of an image of (height, width): scale by scale, plain then flipped, windows row by row.
+def plan_views(cut: AnyCut, tta: TTA, image_size: Size, *, multiple: int) -> tuple[PlannedView, ...]:
+    """The test-time views of an image of (height, width): scale by scale, plain then flipped, windows row by row or
+    crops along the longer side; of a video clip by clip.
 
     Canvases are rounded up to `multiple`; that of the plain view at scale 1 is the evaluation record's.
     Windows of a flipped image are those of the mirrored picture, as in mmsegmentation.
@@ -168,6 +191,8 @@ def plan_views(cut: Cut, tta: TTA, image_size: Size, *, multiple: int) -> tuple[
         raise SpecError(f"an evaluation view with random looks ({cut.looks[0].kind}) has no test-time views")
     if tta.window and isinstance(cut.place, CentreCrop):
         raise SpecError("sliding windows need an evaluation view of the whole image; this recipe crops the centre")
+    if not isinstance(cut, ClipCut) and (tta.clips, tta.crops) != (1, 1):
+        raise SpecError(f"{tta.name!r} are clips and crops of a video; this view recipe is one of images")
     planned: list[PlannedView] = []
     for scale in tta.scales:
         place = scaled_placement(cut.place, scale)
@@ -177,12 +202,21 @@ def plan_views(cut: Cut, tta: TTA, image_size: Size, *, multiple: int) -> tuple[
             canvas = _rounded(canvas, multiple)
         for flipped in (False, True)[: 1 + tta.flip]:
             if tta.window is None or tta.stride is None:
-                planned.append(PlannedView(replace(frame, flipped=flipped), canvas, image_size))
+                shown = replace(frame, flipped=flipped)
+                planned += [PlannedView(crop, canvas, image_size) for crop in _crops(shown, tta.crops)]
                 continue
             for window in _windows(frame.valid, tta.window, tta.stride):
                 shown = replace(frame, window=_mirrored(window, frame.valid) if flipped else window, flipped=flipped)
                 planned.append(PlannedView(shown, _rounded(shown.valid, multiple), image_size))
-    return tuple(planned)
+    return tuple(replace(view, clip=clip) for clip in range(tta.clips) for view in planned)
+
+
+def _crops(frame: Frame, crops: int) -> tuple[Frame, ...]:
+    """A centre crop alone, or between those at both ends of the side along which it can move."""
+    _, _, height, width = frame.window
+    down, right = frame.resized[0] - height, frame.resized[1] - width
+    ends = ((0, 0, height, width), (down, right, height, width))
+    return (frame,) if crops == 1 else tuple(replace(frame, window=w) for w in (ends[0], frame.window, ends[1]))
 
 
 def _rounded(size: Size, multiple: int) -> Size:
@@ -208,16 +242,17 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def cut_views(image: np.ndarray, planned: tuple[PlannedView, ...]) -> Iterator[Tensor]:
-    """The planned views of an image uint8 [H, W, 3], in order: uint8 [3, *view.valid].
+    """The planned views of an image uint8 [H, W, 3], in order: uint8 [3, *view.valid]; those of the clips of a video
+    [clip, T, H, W, 3]: [T, 3, *view.valid].
 
     Equal to `apply_view` of each frame; views of one scale share the resized picture.
     """
     resized: Tensor | None = None
-    last: Frame | None = None
+    last: tuple[int, Frame] | None = None
     for plan in planned:
         whole = replace(plan.frame, window=(0, 0, *plan.frame.resized), flipped=False)
-        if resized is None or whole != last:
-            resized, last = show(image, whole), whole
+        if resized is None or (plan.clip, whole) != last:
+            resized, last = show(image if image.ndim == 3 else image[plan.clip], whole), (plan.clip, whole)
         top, left, height, width = plan.frame.window
-        part = resized[:, top : top + height, left : left + width]
-        yield (part.flip(2) if plan.frame.flipped else part).contiguous()
+        part = resized[..., top : top + height, left : left + width]
+        yield (part.flip(-1) if plan.frame.flipped else part).contiguous()

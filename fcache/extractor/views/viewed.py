@@ -13,13 +13,14 @@ from fcache.cache_spec.errors import DataError, unknown_name
 from fcache.cache_spec.targets import IGNORE
 from fcache.cache_spec.view import View
 from fcache.extractor.datasets import RawSample
+from fcache.extractor.views.clips import draw_clip
 from fcache.extractor.views.drawn import Drawn
 from fcache.extractor.views.draws import uniforms
 from fcache.extractor.views.frames import draw_frame
 from fcache.extractor.views.instances import view_instances
 from fcache.extractor.views.looks import draw_steps
 from fcache.extractor.views.nearest import nearest
-from fcache.extractor.views.recipes import Cut, Size
+from fcache.extractor.views.recipes import AnyCut, ClipCut, Size
 from fcache.extractor.views.steps import apply_steps, show
 
 
@@ -27,7 +28,8 @@ from fcache.extractor.views.steps import apply_steps, show
 class ViewedSample:
     """One view of one sample.
 
-    `image` is uint8 RGB [3, *view.valid]: the padding to `view.canvas`, bottom and right, is done after normalisation.
+    `image` is uint8 RGB [3, *view.valid], of a clip [T, 3, *view.valid]: the padding to `view.canvas`, at the bottom
+    and right, is done after normalisation.
     `targets` maps array paths of `cache_spec.targets` to the arrays of one record.
     """
 
@@ -37,7 +39,14 @@ class ViewedSample:
     drawn: Drawn
 
 
-def draw_view(cut: Cut, *, seed: int, sample_id: str, view: int, image_size: Size) -> Drawn:
+def draw_frames(cut: AnyCut, *, seed: int, sample_id: str, view: int, count: int) -> tuple[int, ...]:
+    """The frames of a view of a video of `count` frames, none for an image: a pure function of its arguments."""
+    if not isinstance(cut, ClipCut):
+        return ()
+    return draw_clip(cut.clip, count, uniforms(seed=seed, sample_id=sample_id, view=view, topic="clip"))
+
+
+def draw_view(cut: AnyCut, *, seed: int, sample_id: str, view: int, image_size: Size) -> Drawn:
     """The random choices of a view of an image of (height, width): a pure function of its arguments."""
 
     def numbers(topic: str) -> np.ndarray:
@@ -53,7 +62,7 @@ def apply_view(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> View
 
     Raises SpecError for a kind of target that cannot be cut, DataError if the view exceeds the canvas.
     """
-    size = (raw.image.shape[0], raw.image.shape[1])
+    size = raw.size
     if drawn.frame.valid[0] > canvas[0] or drawn.frame.valid[1] > canvas[1]:
         # Canvases are planned from headers: the file is another one by now.
         raise DataError(
@@ -62,7 +71,7 @@ def apply_view(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> View
         )
     image = apply_steps(show(raw.image, drawn.frame), drawn.steps)
     to_view = tuple(drawn.matrix.ravel().tolist())
-    view = View(to_view=to_view, canvas=canvas, valid=drawn.frame.valid, image_size=size)
+    view = View(to_view=to_view, canvas=canvas, valid=drawn.frame.valid, image_size=size, frames=raw.frames)
     return ViewedSample(image, view, view_targets(drawn, raw=raw, canvas=canvas, role=role), drawn)
 
 
@@ -80,11 +89,10 @@ def view_targets(drawn: Drawn, *, raw: RawSample, canvas: Size, role: str) -> di
 
 
 def cut_view(
-    cut: Cut, *, seed: int, sample_id: str, view: int, raw: RawSample, canvas: Size, role: str
+    cut: AnyCut, *, seed: int, sample_id: str, view: int, raw: RawSample, canvas: Size, role: str
 ) -> ViewedSample:
     """View number `view` of a sample: `draw_view`, then `apply_view`. A pure function of (seed, sample_id, view)."""
-    size = (raw.image.shape[0], raw.image.shape[1])
-    drawn = draw_view(cut, seed=seed, sample_id=sample_id, view=view, image_size=size)
+    drawn = draw_view(cut, seed=seed, sample_id=sample_id, view=view, image_size=raw.size)
     return apply_view(drawn, raw=raw, canvas=canvas, role=role)
 
 
@@ -104,9 +112,14 @@ def _class(label: int, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.nd
     return {"class/label": np.array(label, dtype=np.int32)}
 
 
+def _clip(label: int, drawn: Drawn, canvas: Size, role: str) -> dict[str, np.ndarray]:
+    return {"clip/label": np.array(label, dtype=np.int32)}
+
+
 _TARGETS: Mapping[str, Callable[[Any, Drawn, Size, str], dict[str, np.ndarray]]] = {
     "semantic": _semantic,
     "class": _class,
+    "clip": _clip,
     "instances": view_instances,
 }
 
