@@ -58,7 +58,10 @@ FORMS = {
         "semantic/upernet:width=16,adaptors=simple,norm_inputs=true,aux=true",
     ),
     "video/linear": ("video/linear", "video/linear:level=16,norm_inputs=true"),
-    "video/temporal": ("video/temporal:blocks=2", "video/temporal:width=16,attention_heads=4,blocks=1,level=pooled"),
+    "video/temporal": (
+        "video/temporal:blocks=2",
+        "video/temporal:width=16,attention_heads=4,blocks=1,level=pooled,norm_inputs=true",
+    ),
     "video/global": ("video/global:blocks=2,mlp_ratio=1.5", "video/global:blocks=2,window=2,3,3,level=16"),
 }
 ALL = [form for name in head_names() for form in FORMS.get(name, (name,))]

@@ -5,7 +5,7 @@ from fcache.extractor.scenes.files import write_scenes as write_scenes
 from fcache.extractor.scenes.moving import MOTIONS as MOTIONS
 from fcache.extractor.scenes.moving import MovingScene as MovingScene
 from fcache.extractor.scenes.moving import make_moving_scene as make_moving_scene
-from fcache.extractor.scenes.moving import render_frame as render_frame
+from fcache.extractor.scenes.moving import render_frames as render_frames
 from fcache.extractor.scenes.moving import write_moving_scenes as write_moving_scenes
 from fcache.extractor.scenes.render import Rendered as Rendered
 from fcache.extractor.scenes.render import render as render

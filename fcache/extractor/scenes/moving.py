@@ -7,6 +7,7 @@ frame of a clip is as likely under one class as under any other, and a clip seen
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,24 +61,25 @@ def make_moving_scene(seed: int, index: int, motion: str, *, size: tuple[int, in
     return MovingScene(size, ground, figure, phases, {changed: way / between(*_ROUND)})
 
 
-def render_frame(scene: MovingScene, number: int) -> np.ndarray:
-    """Frame `number` (from 0) of a scene, uint8 RGB [H, W, 3]."""
+def render_frames(scene: MovingScene, count: int) -> Iterator[np.ndarray]:
+    """The first `count` frames of a scene, uint8 RGB [H, W, 3] each."""
     height, width = scene.size
-    at = {name: (phase + number * scene.velocity.get(name, 0.0)) % 1 for name, phase in scene.phases.items()}
     rows = np.arange(height, dtype=np.float32)[:, None] + 0.5
     columns = np.arange(width, dtype=np.float32)[None] + 0.5
-    image = mix(scene.ground, noise(scene.ground.texture, columns * (7 / width) + 0 * rows, rows * (7 / height)))
-    radius = min(scene.size) * _RADIUS[0] * (_RADIUS[1] / _RADIUS[0]) ** at["size"]
-    # The picture has no edges: what leaves it on one side comes in on the other.
-    right = ((columns - at["x"] * width + width / 2) % width - width / 2) / radius
-    down = ((rows - at["y"] * height + height / 2) % height - height / 2) / radius
-    c, s = math.cos(2 * math.pi * at["angle"]), math.sin(2 * math.pi * at["angle"])
-    p, q = c * right + s * down, c * down - s * right
-    # A disc of two halves, which is never the same when turned.
-    halves = np.clip(0.5 + p * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
-    cover = np.clip(0.5 - (np.sqrt(p * p + q * q) - 1) * radius, 0, 1)[..., None]
-    image = image * (1 - cover) + mix(scene.figure, halves) * cover
-    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+    ground = mix(scene.ground, noise(scene.ground.texture, columns * (7 / width) + 0 * rows, rows * (7 / height)))
+    for number in range(count):
+        at = {name: (phase + number * scene.velocity.get(name, 0.0)) % 1 for name, phase in scene.phases.items()}
+        radius = min(scene.size) * _RADIUS[0] * (_RADIUS[1] / _RADIUS[0]) ** at["size"]
+        # The picture has no edges: what leaves it on one side comes in on the other.
+        right = ((columns - at["x"] * width + width / 2) % width - width / 2) / radius
+        down = ((rows - at["y"] * height + height / 2) % height - height / 2) / radius
+        c, s = math.cos(2 * math.pi * at["angle"]), math.sin(2 * math.pi * at["angle"])
+        p, q = c * right + s * down, c * down - s * right
+        # A disc of two halves, which is never the same when turned.
+        halves = np.clip(0.5 + p * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
+        cover = np.clip(0.5 - (np.sqrt(p * p + q * q) - 1) * radius, 0, 1)[..., None]
+        image = ground * (1 - cover) + mix(scene.figure, halves) * cover
+        yield np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
 
 
 def write_moving_scenes(
@@ -102,7 +104,7 @@ def write_moving_scenes(
                 scene = make_moving_scene(seed, i if split == "train" else -1 - i, motion, size=size)
                 path = Path(split) / motion / f"{i:06d}.avi"
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                jpegs = [_jpeg(render_frame(scene, n)) for n in range(frames)]
+                jpegs = [_jpeg(frame) for frame in render_frames(scene, frames)]
                 (partial / path).write_bytes(avi_bytes(jpegs, size=size, rate=_RATE))
                 lines.append(f"{path.as_posix()} {label}")
             (partial / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -38,12 +38,12 @@ class LinearHead(nn.Module):
     def __init__(self, level: LevelSpec, num_classes: int, options: Options) -> None:
         super().__init__()
         self.level = level
-        self.norm = nn.LayerNorm(level.channels) if options["norm_inputs"] else nn.Identity()
+        self.norm_inputs = nn.LayerNorm(level.channels) if options["norm_inputs"] else nn.Identity()
         self.classify = ClipClassifier(level.channels, num_classes, dropout=options["dropout"])
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Features by level name -> logits [B, classes]."""
-        return self.classify(self.norm(clip_maps(features, self.level)))
+        return self.classify(self.norm_inputs(clip_maps(features, self.level)))
 
 
 class ClipBlock(nn.Module):
@@ -78,6 +78,7 @@ class BlocksHead(nn.Module):
         width = options["width"] or level.channels
         heads = options["attention_heads"] or default_heads(width)
         count, hidden = options["blocks"], max(1, round(width * options["mlp_ratio"]))
+        self.norm_inputs = nn.LayerNorm(level.channels) if options["norm_inputs"] else nn.Identity()
         self.project = nn.Linear(level.channels, width) if options["width"] else nn.Identity()
         self.times = nn.Parameter(torch.zeros(_frames(level), width))
         self.blocks = nn.ModuleList(
@@ -93,7 +94,7 @@ class BlocksHead(nn.Module):
         """Features by level name -> logits [B, classes]."""
         x = clip_maps(features, self.level)
         assert x.shape[1] == len(self.times), "clips of one source are equally long"
-        x = self.project(x) + self.times[:, None, None]
+        x = self.project(self.norm_inputs(x)) + self.times[:, None, None]
         for block in self.blocks:
             x = block(x)
         return self.classify(self.norm(x))

@@ -28,6 +28,7 @@ TEMPORAL_OPTIONS: Options = {
     "mlp_ratio": 4.0,
     "dropout": 0.5,
     "drop_path": 0.2,
+    "norm_inputs": False,
 }
 GLOBAL_OPTIONS: Options = {**TEMPORAL_OPTIONS, "window": ()}
 

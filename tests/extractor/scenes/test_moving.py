@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from fcache.cache_spec import SpecError
-from fcache.extractor.scenes import MOTIONS, make_moving_scene, render_frame, write_moving_scenes
+from fcache.extractor.scenes import MOTIONS, MovingScene, make_moving_scene, render_frames, write_moving_scenes
 from fcache.extractor.scenes.avi import avi_bytes
 
 SIZE = (48, 64)
 OPPOSITE = {"left": "right", "up": "down", "clockwise": "counter-clockwise", "growing": "shrinking"}
+
+
+def render_frame(scene: MovingScene, number: int) -> np.ndarray:
+    return list(render_frames(scene, number + 1))[-1]
 
 
 def files(root: Path) -> dict[str, str]:
@@ -72,7 +76,7 @@ def test_clips_are_read_as_they_were_drawn_in_order_and_every_frame_is_a_key_fra
     for split, number, motion in (("train", 8, "left"), ("train", 5, "counter-clockwise"), ("val", 1, "right")):
         path = tmp_path / "a" / split / motion / f"{number:06d}.avi"
         scene = make_moving_scene(3, number if split == "train" else -1 - number, motion, size=SIZE)
-        drawn = np.stack([render_frame(scene, n) for n in range(7)])
+        drawn = np.stack(list(render_frames(scene, 7)))
         reader = decord.VideoReader(str(path))
         assert (len(reader), reader.get_key_indices()) == (7, list(range(7)))
         found = np.stack([reader[i].asnumpy() for i in range(7)])
