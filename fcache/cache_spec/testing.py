@@ -94,15 +94,17 @@ def memory_source(
     encoding: str = "fp32",
     random_weights: str | None = None,
 ) -> MemorySource:
-    """A `MemorySource` over float32 features [N, C, H, W] (or [N, C]) by level name.
+    """A `MemorySource` over float32 features by level name: [N, C, H, W] or [N, C]; [N, T, C, H, W] or [N, T, C].
 
     The canvas is the first level's size times its stride, and views are plain unless given. Training sources are
     shuffled unless told otherwise, evaluation sources are not.
     """
-    dims = {2: "C", 4: "C H W", 5: "T C H W"}
+    dims = {2: "C", 3: "T C", 4: "C H W", 5: "T C H W"}
     levels = tuple(LevelSpec(name, dims[x.ndim], tuple(x.shape[1:]), strides[name]) for name, x in features.items())
     first, count = levels[0], len(next(iter(features.values())))
-    canvas = (first.shape[-2] * first.stride, first.shape[-1] * first.stride) if len(first.shape) > 1 else (224, 224)
+    canvas = (224, 224)
+    if "H" in first.dims:
+        canvas = (first.shape[-2] * first.stride, first.shape[-1] * first.stride)
     backbone = BackboneSpec(
         name="memory",
         arguments={},

@@ -27,18 +27,20 @@ Examples:
   fcache train-head --cache coco.fcache --head maskrcnn:neck=bifpn,layers=5 --recipe coco-maskrcnn-frozen
   fcache train-head --cache coco.fcache --head=maskrcnn:lr={1e-4,2e-4},weight_decay={0.05,0.1}
                                         a sweep in one pass: the shell makes four heads of it
+  fcache train-head --cache k400.fcache --head temporal --head global --recipe k400-frozen
   fcache train-head --cache ade.fcache --head upernet --seed 1 --subset 10% --out runs/tenth
   fcache train-head … --resume          continue after a kill, to the same weights
   fcache train-head … --follow          train while `fcache extract` still writes the cache
 
 \b
 Heads: classification/linear, detection/cascade, detection/htc, detection/htc-without-semantic,
-detection/maskrcnn, semantic/fcn, semantic/linear, semantic/mask2former, semantic/upernet; the
-short name is enough where the cache's targets leave one choice.
+detection/maskrcnn, semantic/fcn, semantic/linear, semantic/mask2former, semantic/upernet,
+video/global, video/linear, video/temporal; the short name is enough where the cache's targets
+leave one choice.
 Recipes: ade20k-mask2former-frozen, ade20k-mask2former-mim, ade20k-small, ade20k-swinv2-g,
 ade20k-upernet-frozen, ade20k-upernet-mim, camvid-small, coco-maskrcnn-frozen,
 coco-maskrcnn-frozen-10pct, coco-maskrcnn-frozen-1pct, coco-small, coco-swinv2-g, coco-vit-det,
-demo-small, imagefolder-small, imagenet-linear.
+demo-small, imagefolder-small, imagenet-linear, k400-frozen, k400-small, k400-swinv2-g.
 
 \b
 Exit status: 1 if a head stopped (the others are trained), 3 if the cache was partial.

@@ -35,5 +35,6 @@ from fcache.extractor.plan import plan as plan
 from fcache.extractor.repairing import find_quarantined as find_quarantined
 from fcache.extractor.repairing import repair as repair
 from fcache.extractor.scenes import write_coco_scenes as write_coco_scenes
+from fcache.extractor.scenes import write_moving_scenes as write_moving_scenes
 from fcache.extractor.scenes import write_scenes as write_scenes
 from fcache.extractor.views import TTA as TTA

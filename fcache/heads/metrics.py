@@ -132,30 +132,79 @@ def classification_metric(num_classes: int, *, names: Sequence[str] = ("",)) -> 
     Top-5 is top-C where there are fewer classes. Mean-per-class is over the classes present.
     The state of a sample: `label`, and `top1`, `top5` as bool [K].
     """
-    width = min(5, num_classes)
 
     def observe(prediction: Tensor, targets: Mapping[str, Any]) -> States:
-        label = int(targets["class/label"])
-        if not 0 <= label < num_classes:
-            raise DataError(f"a true class is {label}, but there are {num_classes} classes")
-        ranked = torch.topk(prediction, width, dim=-1).indices.numpy()
-        return {
-            "label": np.asarray(label),
-            "top1": ranked[:, 0] == label,
-            "top5": (ranked == label).any(axis=1),
-        }
+        label = _true_class(targets["class/label"], num_classes)
+        top1, top5 = _hits(prediction, label)
+        return {"label": np.asarray(label), "top1": top1, "top5": top5}
 
     def reduce(states: States, weights: np.ndarray) -> Scores:
         total = weights.sum()
         top1 = weights @ states["top1"].astype(np.float64) / total
         top5 = weights @ states["top5"].astype(np.float64) / total
         best = int(np.argmax(top1))
-        present = np.bincount(states["label"], weights=weights, minlength=num_classes)
-        right = np.bincount(states["label"], weights=weights * states["top1"][:, best], minlength=num_classes)
-        recall = _ratio(right, present)
+        recall = _recall(states["label"], states["top1"][:, best], weights, num_classes)
         values = {"top1": float(top1[best]), "top5": float(top5[best]), "mean_per_class": float(np.nanmean(recall))}
         if len(names) > 1:
             values |= {f"top1/{name}": float(v) for name, v in zip(names, top1, strict=True)}
         return Scores(values=values, per_class={"recall": recall}, chosen=names[best] if len(names) > 1 else "")
 
     return Metric(primary="top1", observe=observe, reduce=reduce)
+
+
+def clip_metric(num_classes: int) -> Metric:
+    """Top-1, top-5 and mean-per-class accuracy of videos, and "clip/top1" and "clip/top5" of their single views.
+
+    Predictions are logits [1 + V, C]: those of the video, then of each of its V views; truth is `clip/label`. Top-5 is
+    top-C where there are fewer classes. Mean-per-class is over the classes present.
+    The state of a sample: `label`, `top1` and `top5` as bool, `clip_top1` and `clip_top5` as the shares of its views.
+    """
+
+    def observe(prediction: Tensor, targets: Mapping[str, Any]) -> States:
+        label = _true_class(targets["clip/label"], num_classes)
+        top1, top5 = _hits(prediction, label)
+        return {
+            "label": np.asarray(label),
+            "top1": top1[0],
+            "top5": top5[0],
+            "clip_top1": top1[1:].mean(),
+            "clip_top5": top5[1:].mean(),
+        }
+
+    def reduce(states: States, weights: np.ndarray) -> Scores:
+        share = {
+            name: float(weights @ states[name].astype(np.float64) / weights.sum())
+            for name in ("top1", "top5", "clip_top1", "clip_top5")
+        }
+        recall = _recall(states["label"], states["top1"], weights, num_classes)
+        return Scores(
+            values={
+                "top1": share["top1"],
+                "top5": share["top5"],
+                "mean_per_class": float(np.nanmean(recall)),
+                "clip/top1": share["clip_top1"],
+                "clip/top5": share["clip_top5"],
+            },
+            per_class={"recall": recall},
+        )
+
+    return Metric(primary="top1", observe=observe, reduce=reduce)
+
+
+def _true_class(label: Any, num_classes: int) -> int:
+    found = int(label)
+    if not 0 <= found < num_classes:
+        raise DataError(f"a true class is {found}, but there are {num_classes} classes")
+    return found
+
+
+def _hits(logits: Tensor, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the label is the first, and among the first five, of each row of logits [K, C]: bool [K] each."""
+    ranked = torch.topk(logits, min(5, logits.shape[-1]), dim=-1).indices.numpy()
+    return ranked[:, 0] == label, (ranked == label).any(axis=1)
+
+
+def _recall(labels: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int) -> np.ndarray:
+    """The share of the samples of each class that are right, NaN for a class without samples."""
+    present = np.bincount(labels, weights=weights, minlength=num_classes)
+    return _ratio(np.bincount(labels, weights=weights * right, minlength=num_classes), present)

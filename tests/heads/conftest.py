@@ -101,6 +101,37 @@ def images() -> Callable[..., MemorySource]:
     return make
 
 
+@pytest.fixture
+def clips() -> Callable[..., MemorySource]:
+    """Makes sources of clips: `clips(count, role=…)`; only the order of the frames tells the class.
+
+    Five patterns follow each other in steps of 1, 2, 3 or 4, from any of them on: the set of frames is always the same.
+    """
+
+    def make(
+        count: int = 8, *, role: str = "training", batch_size: int = 4, seed: int = 0, noise: float = 0.0
+    ) -> MemorySource:
+        rng = np.random.default_rng(seed)
+        labels = np.arange(count, dtype=np.int32) % 4
+        starts = rng.integers(0, 5, count)
+        order = (starts[:, None] + (labels[:, None] + 1) * np.arange(5)) % 5
+        features = {}
+        for name, shape in {"level-16": (6, 4, 4), "level-32": (8, 2, 3), "pooled": (8,)}.items():
+            patterns = np.random.default_rng([98, *shape]).normal(size=(5, *shape))
+            features[name] = (patterns[order] + noise * rng.normal(size=(count, 5, *shape))).astype(np.float32)
+        return memory_source(
+            features,
+            {"clip/label": labels},
+            strides={"level-16": 16, "level-32": 32, "pooled": 32},
+            specs=(TargetSpec("clip", "steps", CLASSES[:4]),),
+            batch_size=batch_size,
+            role=role,
+            seed=7,
+        )
+
+    return make
+
+
 @dataclass(frozen=True)
 class Thing:
     """An object of a picture: box in pixels, class, and whether it is a crowd."""

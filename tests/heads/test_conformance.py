@@ -57,16 +57,23 @@ FORMS = {
         "semantic/upernet:width=16,neck=bifpn,layers=1,separable=false,edge_convs=true,bn_momentum=0.2,aux=true",
         "semantic/upernet:width=16,adaptors=simple,norm_inputs=true,aux=true",
     ),
+    "video/linear": ("video/linear", "video/linear:level=16,norm_inputs=true"),
+    "video/temporal": (
+        "video/temporal:blocks=2",
+        "video/temporal:width=16,attention_heads=4,blocks=1,level=pooled,norm_inputs=true",
+    ),
+    "video/global": ("video/global:blocks=2,mlp_ratio=1.5", "video/global:blocks=2,window=2,3,3,level=16"),
 }
 ALL = [form for name in head_names() for form in FORMS.get(name, (name,))]
 
 
 @pytest.fixture
-def source_for(scenes, images, objects) -> Callable[..., MemorySource]:
+def source_for(scenes, images, objects, clips) -> Callable[..., MemorySource]:
     """A small source with the targets that a head needs."""
     by_kinds = {
         frozenset({"semantic"}): scenes,
         frozenset({"class"}): images,
+        frozenset({"clip"}): clips,
         frozenset({"instances"}): objects,
         frozenset({"instances", "semantic"}): partial(objects, semantic=True),
     }

@@ -9,7 +9,7 @@ from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fcache.cache_spec import DataError
-from fcache.heads.metrics import classification_metric, score, segmentation_metric, stack_states
+from fcache.heads.metrics import classification_metric, clip_metric, score, segmentation_metric, stack_states
 
 
 def _png(labels: np.ndarray) -> torch.Tensor:
@@ -122,3 +122,35 @@ def test_top5_of_fewer_classes_takes_them_all():
 def test_a_sample_without_a_class_cannot_be_scored():
     with pytest.raises(DataError, match="true class is -1"):
         classification_metric(3).observe(torch.zeros(1, 3), {"class/label": torch.tensor(-1)})
+
+
+def test_clips_are_scored_beside_the_videos_that_they_are_views_of():
+    rng = np.random.default_rng(2)
+    # 30 videos: a row for the video, and 12 for its views.
+    logits, labels = rng.normal(size=(30, 13, 7)).astype(np.float32), rng.integers(0, 5, 30)
+    metric = clip_metric(7)
+    states = stack_states(
+        [
+            metric.observe(torch.from_numpy(x), {"clip/label": torch.tensor(y)})
+            for x, y in zip(logits, labels, strict=True)
+        ]
+    )
+    scores = score(metric, states)
+    order = np.argsort(-logits, axis=2)
+    right, among = order[:, :, 0] == labels[:, None], (order[:, :, :5] == labels[:, None, None]).any(2)
+    per_class = [np.mean(right[labels == c, 0]) for c in np.unique(labels)]
+    assert scores.values == {
+        "top1": pytest.approx(right[:, 0].mean(), abs=1e-12),
+        "top5": pytest.approx(among[:, 0].mean(), abs=1e-12),
+        "mean_per_class": pytest.approx(np.mean(per_class), abs=1e-12),
+        "clip/top1": pytest.approx(right[:, 1:].mean(), abs=1e-12),
+        "clip/top5": pytest.approx(among[:, 1:].mean(), abs=1e-12),
+    }
+    assert np.isnan(scores.per_class["recall"][5:]).all()
+    twice = {k: np.repeat(v, 2, axis=0) for k, v in states.items()}
+    assert metric.reduce(states, np.full(30, 2)).values == pytest.approx(dict(score(metric, twice).values))
+
+
+def test_a_clip_without_a_class_cannot_be_scored():
+    with pytest.raises(DataError, match="true class is -1"):
+        clip_metric(3).observe(torch.zeros(2, 3), {"clip/label": torch.tensor(-1)})

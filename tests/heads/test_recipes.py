@@ -25,11 +25,14 @@ def test_the_shipped_recipes_are_these():
         "demo-small",
         "imagefolder-small",
         "imagenet-linear",
+        "k400-frozen",
+        "k400-small",
+        "k400-swinv2-g",
     )
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, images, objects):
+def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, images, objects, clips):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
@@ -37,7 +40,7 @@ def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, image
     assert recipe.extract["view_recipe"]
     for head in recipe.train.heads:
         tasks = {name.partition("/")[0] for name in head_names() if head in (name, name.partition("/")[2])}
-        sources = {"semantic": scenes, "detection": objects, "classification": images}
+        sources = {"semantic": scenes, "detection": objects, "classification": images, "video": clips}
         info = next(source for task, source in sources.items() if task in tasks)().info
         choice = choose_head(head, info, recipe.train)
         given = {k: v for k, v in recipe.train.heads[head].items() if k not in HEAD_FIELDS}
@@ -86,6 +89,22 @@ def test_the_recipe_of_vit_detection_is_the_paper_s_formula():
     assert (train.lr, train.weight_decay, train.batch_size, train.schedule) == (1.6e-4, 0.1, 64, "cosine")
     assert train.iterations == 50 * 1832
     assert train.warmup == 1832 // 4
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "batch", "drop_path"), [("k400-frozen", 3e-4, 64, 0.2), ("k400-swinv2-g", 2e-4, 128, 0.1)]
+)
+def test_the_recipes_of_kinetics_are_table_13_of_the_paper(clips, name: str, lr: float, batch: int, drop_path: float):
+    recipe = load_recipe(name)
+    train, epoch = recipe.train, 240_000 / batch
+    assert (train.lr, train.batch_size, train.weight_decay, train.schedule) == (lr, batch, 0.05, "cosine")
+    assert (train.iterations, train.betas) == (30 * epoch, (0.9, 0.999))
+    assert train.warmup == pytest.approx(2.5 * epoch, abs=0.5)
+    assert recipe.extract["view_recipe"] == "kinetics400"
+    assert recipe.extract.get("window") == (16 if name == "k400-swinv2-g" else None)
+    for head in ("temporal", "global"):
+        options = choose_head(head, clips().info, train).options
+        assert (options["blocks"], options["mlp_ratio"], options["drop_path"]) == (4, 4, drop_path)
 
 
 def test_the_recipe_of_swinv2_g_is_what_the_paper_states():

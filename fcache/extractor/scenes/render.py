@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fcache.cache_spec.targets import IGNORE
-from fcache.extractor.scenes.scene import CLASSES, CLUTTER, Scene, Surface, Thing, generator
+from fcache.extractor.scenes.scene import CLASSES, CLUTTER, Scene, Thing, generator
+from fcache.extractor.scenes.texture import mix, noise
 
 # In the frame of a thing, whose half height is 1: its centre and its ends, (right, up).
 _KEYPOINTS = np.array([(0.0, 0.0), (0.0, 0.85), (0.85, 0.0), (0.0, -0.85), (-0.85, 0.0)])
@@ -46,8 +47,8 @@ def render(scene: Scene, *, time: float = 0.0) -> Rendered:
         _shadow(scene, thing, image, semantic, rows, columns)
     for number in sorted(range(len(things)), key=lambda i: -things[i].position[2]):
         _draw(scene, things[number], number + 1, image, semantic, instances, depth)
-    noise = generator(*scene.key, 1, round(time * 1000)).standard_normal(image.shape, dtype=np.float32)
-    pixels = np.clip(np.rint((image + 0.012 * noise) * 255), 0, 255).astype(np.uint8)
+    grain = generator(*scene.key, 1, round(time * 1000)).standard_normal(image.shape, dtype=np.float32)
+    pixels = np.clip(np.rint((image + 0.012 * grain) * 255), 0, 255).astype(np.uint8)
     labels = np.array([_label(t.name) for t in things], dtype=np.int32)
     boxes, visible = _boxes(instances, len(things))
     keypoints = np.stack([_keypoints(scene, t, i + 1, instances) for i, t in enumerate(things)])
@@ -58,22 +59,6 @@ def _label(name: str) -> int:
     return -1 if name == CLUTTER else CLASSES.index(name)
 
 
-def _mix(surface: Surface, share: np.ndarray) -> np.ndarray:
-    a, b = (np.array(c, dtype=np.float32) for c in surface.colours)
-    return a + share[..., None] * (b - a)
-
-
-def _noise(texture: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Value noise in 0..1 with one random number a unit square, bilinear between them."""
-    cells = generator(texture).random((32, 32), dtype=np.float32)
-    x0, y0 = np.floor(x), np.floor(y)
-    fx, fy = x - x0, y - y0
-    i, j = x0.astype(np.int64) % 32, y0.astype(np.int64) % 32
-    i1, j1 = (i + 1) % 32, (j + 1) % 32
-    top = cells[j, i] * (1 - fx) + cells[j, i1] * fx
-    return top * (1 - fy) + (cells[j1, i] * (1 - fx) + cells[j1, i1] * fx) * fy
-
-
 def _stuff(scene: Scene, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sky, ground and wall: image float32 [H, W, 3], semantic and depth."""
     camera, (height, width) = scene.camera, scene.size
@@ -82,15 +67,15 @@ def _stuff(scene: Scene, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndar
     depth = np.zeros((height, width), dtype=np.float32)
     horizon = round(camera.horizon)
     above, below = rows[:horizon], rows[horizon:]
-    clouds = _noise(scene.sky.texture, columns * (5 / width) + 0 * above, above * (9 / height) + 0 * columns)
-    image[:horizon] = _mix(scene.sky, 0.75 * clouds + 0.25 * above / height)
+    clouds = noise(scene.sky.texture, columns * (5 / width) + 0 * above, above * (9 / height) + 0 * columns)
+    image[:horizon] = mix(scene.sky, 0.75 * clouds + 0.25 * above / height)
     # The nearest rows to the horizon would be infinitely far.
     z = np.minimum(camera.focal * camera.height / np.maximum(below - camera.horizon, 0.5), 60.0)
     x = (columns - camera.centre) * z / camera.focal
-    gravel = 0.6 * _noise(scene.ground.texture, x * 6, z * 6 + 0 * x) + 0.4 * _noise(
+    gravel = 0.6 * noise(scene.ground.texture, x * 6, z * 6 + 0 * x) + 0.4 * noise(
         scene.ground.texture + 1, x * 1.5, z * 1.5 + 0 * x
     )
-    image[horizon:] = _mix(scene.ground, gravel)
+    image[horizon:] = mix(scene.ground, gravel)
     semantic[horizon:] = CLASSES.index("ground")
     depth[horizon:] = z
     if wall := scene.wall:
@@ -103,8 +88,8 @@ def _stuff(scene: Scene, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndar
         x = (columns[:, box[1]] - camera.centre) / scale
         course = np.floor(y / 0.5)
         joint = np.minimum(_edge(y / 0.5), _edge(x / 1.1 + 0.5 * (course % 2)) * 2.2)
-        bricks = np.clip(joint * 6, 0, 1) * (0.75 + 0.25 * _noise(wall.surface.texture, x * 3, y * 3 + 0 * x))
-        image[box] = _mix(wall.surface, bricks) * (0.8 + 0.2 * scene.light[1])
+        bricks = np.clip(joint * 6, 0, 1) * (0.75 + 0.25 * noise(wall.surface.texture, x * 3, y * 3 + 0 * x))
+        image[box] = mix(wall.surface, bricks) * (0.8 + 0.2 * scene.light[1])
         semantic[box] = CLASSES.index("wall")
         depth[box] = wall.depth
     return image, semantic, depth
@@ -169,7 +154,7 @@ def _draw(
     figure = _FIGURES[thing.name]
     distance = figure.outline(p, q, thing.surface.texture)
     share = figure.texture(p, q, thing.surface.texture)
-    colour = _mix(thing.surface, np.clip(share, 0, 1)) * _shade(scene, right, up, round_=figure.round)[..., None]
+    colour = mix(thing.surface, np.clip(share, 0, 1)) * _shade(scene, right, up, round_=figure.round)[..., None]
     # The photo is antialiased over one pixel; its labels are not.
     cover = np.clip(0.5 - distance * scale, 0, 1)[..., None]
     image[box] = image[box] * (1 - cover) + np.clip(colour, 0, 1) * cover
@@ -253,12 +238,12 @@ _FIGURES: dict[str, _Figure] = {
         lambda p, q, t: np.maximum(-0.95 - q, (2 * np.abs(p) + q - 0.95) / math.sqrt(5)),
         lambda p, q, t: _bands((p + q) * 2.2),
     ),
-    "star": _Figure(_star, lambda p, q, t: np.clip(3 * _noise(t, p * 9, q * 9) - 1, 0, 1)),
+    "star": _Figure(_star, lambda p, q, t: np.clip(3 * noise(t, p * 9, q * 9) - 1, 0, 1)),
     "ring": _Figure(
         lambda p, q, t: np.abs(_radius(p, q) - 0.76) - 0.23, lambda p, q, t: _bands(np.arctan2(q, p) * (9 / 2 / np.pi))
     ),
     "post": _Figure(lambda p, q, t: np.maximum(np.abs(p) - 0.13, np.abs(q) - 1.0), lambda p, q, t: _bands(q * 3.5)),
-    "blob": _Figure(_lobes, lambda p, q, t: _noise(t, p * 5, q * 5), round=True),
+    "blob": _Figure(_lobes, lambda p, q, t: noise(t, p * 5, q * 5), round=True),
     CLUTTER: _Figure(
         lambda p, q, t: np.minimum(
             np.maximum(np.abs(p) - 0.2, np.abs(q) - 0.9), np.maximum(np.abs(q) - 0.2, np.abs(p) - 0.9)

@@ -92,30 +92,32 @@ def make_scene(seed: int, index: int, *, size: tuple[int, int]) -> Scene:
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(random.random())
 
-    def surface() -> Surface:
-        first, second = _colour(between), _colour(between)
-        while max(abs(a - b) for a, b in zip(first, second, strict=True)) < 0.35:
-            second = _colour(between)
-        return Surface((first, second), int(random.random() * 2**31))
-
     camera = Camera(
         focal=0.9 * min(size), horizon=height * between(0.35, 0.5), centre=width / 2, height=between(1.4, 1.8)
     )
     bearing = between(0.15, 0.85) * math.pi
-    sky, ground = surface(), surface()
+    sky, ground = random_surface(between), random_surface(between)
     wall = None
     if between(0, 1) < 0.8:
         depth = between(13, 20)
         middle, half = between(-6, 6), between(3, 8)
-        wall = Wall(middle - half, middle + half, between(2.5, 5.5), depth, surface())
+        wall = Wall(middle - half, middle + half, between(2.5, 5.5), depth, random_surface(between))
     count = int(between(_COUNTS[0], _COUNTS[1] + 1))
-    things = tuple(_thing(between, surface(), camera, width) for _ in range(count))
+    things = tuple(_thing(between, random_surface(between), camera, width) for _ in range(count))
     return Scene((seed, index), size, camera, (math.cos(bearing), math.sin(bearing)), sky, ground, wall, things)
 
 
 def generator(*key: int) -> np.random.Generator:
     """A generator of its own for a key of integers."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([k % 2**64 for k in key])))
+
+
+def random_surface(between: Between) -> Surface:
+    """Two colours of any hue that can be told apart, and a texture."""
+    first, second = _colour(between), _colour(between)
+    while max(abs(a - b) for a, b in zip(first, second, strict=True)) < 0.35:
+        second = _colour(between)
+    return Surface((first, second), int(between(0, 1) * 2**31))
 
 
 def _colour(between: Between) -> Colour:

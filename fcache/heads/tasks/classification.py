@@ -1,6 +1,5 @@
 """Classification of images: a linear probe. Labels `class/label`."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from fcache.heads.batches import Batch
 from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
 from fcache.heads.metrics import Metric, classification_metric
 from fcache.heads.parts import find_level
+from fcache.heads.parts.logits import average_logits
 
 
 class LinearProbe(nn.Module):
@@ -85,10 +85,7 @@ def _outputs(module: nn.Module, batch: Batch, options: Options) -> list[Tensor]:
 
 def _merge(outputs: Sequence[Tensor], views: Sequence[View], options: Options) -> Tensor:
     """Logits [K, classes] of one image; of several views the logarithm of their mean softmax."""
-    if len(outputs) == 1:
-        return outputs[0].cpu()
-    logs = torch.log_softmax(torch.stack(list(outputs)), dim=-1)
-    return (torch.logsumexp(logs, dim=0) - math.log(len(outputs))).cpu()
+    return average_logits(outputs).cpu()
 
 
 def _metrics(inputs: HeadInput, options: Options) -> Metric:

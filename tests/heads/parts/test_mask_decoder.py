@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from fcache.heads.parts.attention import Attention
 from fcache.heads.parts.deformable import DeformableBlock, places_of
-from fcache.heads.parts.mask_decoder import Attention, QueryBlock, covered
+from fcache.heads.parts.mask_decoder import QueryBlock, covered
 
 # All but one unit in ten million.
 NEARLY_ALL = 1 - 1e-7
