@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage, to_json
+from fcache.cache_spec import DataError, Group, LevelSpec, Manifest, Storage, find_encoding, open_storage, to_json
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
 from fcache.cache_spec.storage.local import LocalStorage
@@ -50,17 +50,18 @@ class Plan:
     """The cost of a job. Bytes are those of the features as encoded, before any lossless compression; encodings that
     are made to be compressed count half a byte a value, which they stay below.
 
-    `level_bytes` maps a level to its bytes a training record. `view_bytes` maps numbers of training views to the bytes
-    of the training split; it is empty if all views of an image are the same one. `targets` are the kinds of annotation,
-    `devices` how many of them work. If something was measured, `rates` and `costs` are there, and `encodings` maps each
-    encoding to the bytes that it takes for a record (None where the features of the batch do not fit). `notes` say what
-    a user should know of the data.
+    `level_bytes` maps a level to its bytes a training record, `level_choices` all levels that the backbone could give.
+    `view_bytes` maps numbers of training views to the bytes of the training split; it is empty if all views of an image
+    are the same one. `targets` are the kinds of annotation, `devices` how many of them work. If something was measured,
+    `rates` and `costs` are there, and `encodings` maps each encoding to the bytes that it takes for a record (None where
+    the features of the batch do not fit). `notes` say what a user should know of the data.
     """
 
     cache: str
     features: str
     splits: tuple[SplitPlan, ...]
     level_bytes: Mapping[str, int]
+    level_choices: Mapping[str, int]
     free_bytes: int | None
     random_weights: str | None
     view_bytes: Mapping[int, int]
@@ -131,13 +132,18 @@ def plan_of(prepared: Prepared) -> Plan:
         cache=storage.url,
         features=manifest.features.key,
         splits=tuple(_split_plan(storage, manifest, name) for name in job.splits),
-        level_bytes={level.name: record_bytes((level,), training.encoding) for level in training.levels},
+        level_bytes=_level_bytes(training.levels, training),
+        level_choices=_level_bytes(prepared.backbone.offered_at(training.canvas), training),
         free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
         view_bytes=_view_bytes(prepared, training) if training.role == "training" else {},
         notes=tuple(note for split in prepared.splits.values() for note in split.notes),
         targets=tuple(t.kind for t in manifest.targets),
     )
+
+
+def _level_bytes(levels: tuple[LevelSpec, ...], group: Group) -> dict[str, int]:
+    return {level.name: record_bytes((level,), group.encoding) for level in levels}
 
 
 def _view_bytes(prepared: Prepared, group: Group) -> dict[int, int]:

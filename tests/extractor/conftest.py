@@ -44,7 +44,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_clip_job(clips: Path, tmp_path: Path) -> Callable[..., Job]:
     """A job on the clips: a small random backbone in fp32, 8 frames of 64 pixels, two views, shards of three."""
     job = Job(
-        model="mobilenetv2_050", dataset="kinetics400", root=clips, cache=tmp_path / "cache", weights="random:0",
+        model="test_resnet", dataset="kinetics400", root=clips, cache=tmp_path / "cache", weights="random:0",
         views=2, view_recipe="kinetics400-small", input_size=(64, 64), precision="fp32", shard_records=3, batch_size=2,
         workers=0,
     )  # fmt: skip
