@@ -6,7 +6,9 @@ The parts are the bare backbone (normalised batches that lie in memory, the extr
 decoding alone (the views of the same photos, by as many decoding processes), and writing alone (the bytes that the
 extraction writes, plain files with an fsync each). An extraction is timed from an open job, backbone loaded and
 decoders started, until everything is committed. Each round times all four, one after another, in an order that
-changes; a ratio is one of a round. The processor's share that other programs took meanwhile is measured, too.
+changes; a ratio is one of a round. On a machine that others use, too, wall times say as much about these: the share
+that other programs took of the processors is measured, and the processor time of the thread that runs the backbone is
+compared with that of the bare loop. It is what is left of the ratio if nothing is waited for.
 
 Backbones have random weights: they compute as long as trained ones. Photos are drawn scenes.
 """
@@ -40,6 +42,7 @@ COLUMNS = {
     "writing alone": "{writing:.0f}",
     "limit": "{limit}",
     "share of the limit (range)": "{ratio:.3f} ({low:.3f} to {high:.3f})",
+    "in processor time": "{cpu:.3f}",
     "other programs' share of the processors": "{others:.0%}",
 }
 
@@ -81,7 +84,7 @@ def make_job(work: Path, model: str, args: argparse.Namespace) -> Job:
 def measure(job: Job, rounds: int) -> dict:
     """The row of a model: medians of its rates, and the ratio to the slowest part, round by round."""
     seconds: dict[str, list[float]] = {"backbone": [], "decoding": [], "writing": [], "extraction": []}
-    ratios, busy = [], Others()
+    ratios, shares, busy = [], [], Others()
     for number in range(rounds + 1):
         with open_extraction(replace(job, cache=f"{job.cache}-{number}")) as extraction:
             requests = [r for task in tasks_of(extraction.writer, extraction.prepared) for r in task.requests]
@@ -92,8 +95,10 @@ def measure(job: Job, rounds: int) -> dict:
             }
             warm_up(extraction, requests[:1])
             order = list(parts)[number % 3 :] + list(parts)[: number % 3]
-            took = {name: timed(parts[name]) for name in order}
-            took["writing"] = timed(writing_alone(Path(extraction.prepared.job.cache)))
+            took, cpu = {}, {}
+            for name in order:
+                took[name], cpu[name] = timed(parts[name])
+            took["writing"], _ = timed(writing_alone(Path(extraction.prepared.job.cache)))
             records = sum(g.num_records for g in extraction.writer.manifest.groups)
         shutil.rmtree(f"{job.cache}-{number}")
         if number == 0:
@@ -102,20 +107,30 @@ def measure(job: Job, rounds: int) -> dict:
             continue
         for name, spent in took.items():
             seconds[name].append(spent)
+        shares.append(cpu["backbone"] / cpu["extraction"])
         ratios.append(max(took[n] for n in ("backbone", "decoding", "writing")) / took["extraction"])
     rates = {name: records / statistics.median(values) for name, values in seconds.items()}
     limit = min(("backbone", "decoding", "writing"), key=rates.__getitem__)
     found = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return {**rates, "limit": limit, **found, "rounds": rounds, "seconds": seconds, "others": busy.share()}
+    found["cpu"] = statistics.median(shares)
+    return {
+        **rates,
+        "limit": limit,
+        **found,
+        "rounds": rounds,
+        "seconds": seconds,
+        "shares": shares,
+        "others": busy.share(),
+    }
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of a piece of work, the device's part included."""
-    started = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a piece of work, the device's part included, and processor seconds of this thread."""
+    started, cpu = time.perf_counter(), time.thread_time()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.thread_time() - cpu
 
 
 def warm_up(extraction: Extraction, requests: list[Request]) -> None:

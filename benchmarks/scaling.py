@@ -4,7 +4,8 @@
 
 Measured: two extraction processes share a cache on two cores; before and after, two bare backbone loops run side by
 side, each over half of the batches. The ratio is that of the times of the slower process of each pair. What the
-extraction does beyond the backbone (decoding, encoding, digests, writing) is inside its time.
+extraction does beyond the backbone (decoding, encoding, digests, writing) is inside its time. As other programs may
+use the cores, too, the processor time of all threads is compared as well: on two cores of their own it decides.
 
 Simulated: the events of processes that share one cache as `fcache.extractor.work.claimed` has it, with service times
 measured on this machine: what a claim, a claim in vain and a look at all claims and commits take on this disk. A
@@ -38,6 +39,7 @@ MEASURED = {
     "two extractions, s": "{extraction:.2f}",
     "two bare loops, s": "{bare:.2f}",
     "share of the bare loops (range)": "{ratio:.3f} ({low:.3f} to {high:.3f})",
+    "in processor time": "{cpu:.3f}",
     "other programs' share of the processors": "{others:.0%}",
 }
 SIMULATED = {
@@ -80,29 +82,33 @@ def main() -> None:
 
 def measure(job: Job, rounds: int) -> dict[str, Any]:
     """Rounds of two extraction processes, each between two rounds of bare loops."""
-    busy, bare, whole, ratios = Others(), [side_by_side(job, bare_loop)], [], []
+    busy, bare, whole = Others(), [side_by_side(job, bare_loop)], list[tuple[float, float]]()
+    ratios, shares = list[float](), list[float]()
     for number in range(rounds):
         cache = Path(f"{job.cache}-{number}")
         whole.append(side_by_side(replace(job, cache=cache), extraction_loop))
         shutil.rmtree(cache)
         bare.append(side_by_side(job, bare_loop))
-        ratios.append((bare[-2] + bare[-1]) / 2 / whole[-1])
-    found = {"extraction": statistics.median(whole), "bare": statistics.median(bare), "rounds": rounds}
-    ratio = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        seconds, cpu = ((bare[-2][i] + bare[-1][i]) / 2 / whole[-1][i] for i in (0, 1))
+        ratios.append(seconds)
+        shares.append(cpu)
+    found = {"extraction": statistics.median(w for w, _ in whole), "bare": statistics.median(b for b, _ in bare)}
+    ratio = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": rounds}
+    ratio["cpu"] = statistics.median(shares)
     return {**found, **ratio, "seconds": {"extraction": whole, "bare": bare}, "others": busy.share()}
 
 
-def side_by_side(job: Job, work: Callable[..., None]) -> float:
-    """Seconds that the slower of two processes takes for its half, from a common start."""
+def side_by_side(job: Job, work: Callable[..., None]) -> tuple[float, float]:
+    """Seconds of the slower of two processes, from a common start, and processor seconds of both together."""
     context = child_context()
     ready, pipes = context.Barrier(2), [context.Pipe() for _ in range(2)]
     processes = [context.Process(target=work, args=(job, ready, theirs)) for _, theirs in pipes]
     for process in processes:
         process.start()
-    seconds = [ours.recv() for ours, _ in pipes]
+    took = [ours.recv() for ours, _ in pipes]
     for process in processes:
         process.join()
-    return max(seconds)
+    return max(seconds for seconds, _ in took), sum(cpu for _, cpu in took)
 
 
 def extraction_loop(job: Job, ready: Any, pipe: Any) -> None:
@@ -110,9 +116,9 @@ def extraction_loop(job: Job, ready: Any, pipe: Any) -> None:
     with open_extraction(job) as extraction:
         settle(extraction)
         ready.wait()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         share(extraction, report=lambda _: None)
-        pipe.send(time.perf_counter() - started)
+        pipe.send((time.perf_counter() - started, time.process_time() - cpu))
 
 
 def bare_loop(job: Job, ready: Any, pipe: Any) -> None:
@@ -122,9 +128,9 @@ def bare_loop(job: Job, ready: Any, pipe: Any) -> None:
         loop = backbone_alone(extraction, every=2)
         settle(extraction)
         ready.wait()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         loop()
-        pipe.send(time.perf_counter() - started)
+        pipe.send((time.perf_counter() - started, time.process_time() - cpu))
 
 
 def settle(extraction: Any) -> None:

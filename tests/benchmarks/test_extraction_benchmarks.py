@@ -14,6 +14,7 @@ def test_an_extraction_is_compared_with_the_slowest_of_its_parts(tmp_path):
     assert row["limit"] == min(parts, key=parts.get)
     slowest = max(row["seconds"][name][0] for name in parts)
     assert row["ratio"] == row["low"] == row["high"] == pytest.approx(slowest / row["seconds"]["extraction"][0])
+    assert 0 < row["cpu"] < 1.2
     assert 0 <= row["others"] <= 1
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
 
@@ -47,9 +48,9 @@ def test_a_disk_that_takes_one_shard_at_a_time_limits_many_devices(service):
     import scaling
 
     # It writes ten shards a second, 64 devices make 64.
-    found = scaling.simulate(64, 6400, replace(service, write=0.1))
-    assert found["share"] == pytest.approx(10 / 64, abs=0.005)
-    assert found["disk"] > 0.8
+    found = scaling.simulate(64, 1280, replace(service, write=0.1))
+    assert found["share"] == pytest.approx(10 / 64, abs=0.02)
+    assert found["disk"] > 0.7
     assert scaling.simulate(8, 800, replace(service, write=0.1))["share"] > 0.98
 
 
@@ -60,6 +61,6 @@ def test_a_question_for_every_shard_of_others_costs_what_a_look_saves(service):
 
     slow = replace(service, vain=0.01, look=0.01)
     # Of 64 devices each asks in vain for the 63 shards of the others, before each of its own.
-    asked = scaling.simulate(64, 6400, slow, looks=False)
-    assert asked["claiming"] == pytest.approx(0.63 / 1.63, abs=0.03)
-    assert scaling.simulate(64, 6400, slow)["claiming"] < 0.03
+    asked = scaling.simulate(64, 1280, slow, looks=False)
+    assert asked["claiming"] == pytest.approx(0.63 / 1.63, abs=0.05)
+    assert scaling.simulate(64, 1280, slow)["claiming"] < 0.03
