@@ -46,7 +46,7 @@ def command(as_json: bool, no_time: bool, num_devices: int | None, price_per_hou
     devices = num_devices or (len(parse_devices(options["devices"])) if options["devices"] else 1)
     found = plan(parse_job(options), measure=not no_time, devices=devices)
     if as_json:
-        totals = {"records": found.records, "pending_records": found.pending_records, "bytes": found.bytes}
+        totals: dict[str, Any] = {"records": found.records, "pending_records": found.pending_records, "bytes": found.bytes}
         totals |= {"pending_bytes": found.pending_bytes, "fits": found.fits}
         if price_per_hour is not None:
             totals["price"] = price(found, price_per_hour)

@@ -113,7 +113,7 @@ def plan(job: Job, *, measure: bool = True, devices: int = 1) -> Plan:
         bytes=found.pending_bytes,
         pass_records=sum(len(g.ids) for g in training),
         pass_bytes=sum(len(g.ids) * record_bytes(g.levels, g.encoding) for g in training),
-        decoders=job.decoders,
+        decoders=job.decoders(devices),
         devices=devices,
     )
     return replace(found, rates=rates, costs=costs(rates, work), encodings=encodings)

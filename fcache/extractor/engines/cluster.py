@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin, as_completed, get_worker
+from distributed.client import FutureCancelledError
 
 from fcache.cache_spec import DataError, FcacheError, open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.cache_spec.writer import CacheWriter
 from fcache.extractor.engines import Engine
 from fcache.extractor.engines.local import started
-from fcache.extractor.events import BatchDone, Event, WaitingForOthers, WorkerEvent, WorkerLost
+from fcache.extractor.events import BatchDone, Event, WaitingForOthers, WaitingForWorkers, WorkerEvent, WorkerLost
 from fcache.extractor.extraction import Extraction, open_extraction, wait
 from fcache.extractor.job import Job
 from fcache.extractor.pipeline import Stopped, extract_shards
@@ -231,6 +232,13 @@ class _Run:
                     f"dask gave up on a shard: {e.allowed_failures + 1} workers died while they had it, perhaps for "
                     "lack of memory; give them more, or lower --batch-size and --workers, and run the same again"
                 ) from e
+            except FutureCancelledError as e:
+                raise self.scheduler_lost() from e
+            except Exception as e:
+                raise DataError(
+                    f"a shard failed on the workers {RETRIES + 1} times, at last with {type(e).__name__}: {e}; what is "
+                    "committed stays: mend the cause and run the same command again"
+                ) from e
             finally:
                 future.release()
             if isinstance(answer, FcacheError):
@@ -247,6 +255,8 @@ class _Run:
         for gone in self.workers.keys() - found.keys():
             self.report(WorkerLost(gone, "left the cluster"))
         self.workers, self.asked = found, time.monotonic()
+        if not found:
+            self.report(WaitingForWorkers())
 
     def _resources(self) -> dict[str, float] | None:
         declared = any(GPU in w["resources"] for w in self.workers.values())

@@ -1,14 +1,17 @@
 """A plan and a run in words, from known numbers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from fcache.cli.extract import summary
+from fcache.cache_spec import SpecError
+from fcache.cli.extract import engine_of, summary
 from fcache.cli.plan import break_even, price, show_plan
-from fcache.extractor import Plan, SplitPlan, TimeSpent
+from fcache.extractor import Job, Plan, SplitPlan, TimeSpent
 from fcache.extractor.costs import Costs, Rates
 from fcache.extractor.engine import ExtractResult
+from fcache.extractor.engines.local import local
 
 SPLIT = SplitPlan("train", 1000, 4, 4000, 4000, 63, 63, 4 * 10**9, 4 * 10**9, ((64, 64),))
 PLAN = Plan(
@@ -50,3 +53,13 @@ def test_a_run_says_what_it_waited_for() -> None:
         summary("c", result).splitlines()[1] == "time: 10% waiting for decoding, 85% backbone, 5% waiting for writing"
     )
     assert "time:" not in summary("c", ExtractResult(0, 0, 1.0, {}, 0, TimeSpent()))
+
+
+def test_devices_and_a_scheduler_choose_the_engine() -> None:
+    job = Job(model="resnet18", dataset="ade20k", root=Path("data"), cache="c", weights="random:0")
+    assert engine_of(job, None, None) == (local, "cpu")
+    assert engine_of(job, "cpu", None) == (local, "cpu")
+    assert engine_of(job, "cpu,cpu", None)[1] == "cpu, cpu"
+    assert engine_of(job, None, "tcp://node1:8786")[1] == "the workers of tcp://node1:8786"
+    with pytest.raises(SpecError, match="each dask worker computes on one device, got --devices 0,1"):
+        engine_of(job, "0,1", "tcp://node1:8786")
