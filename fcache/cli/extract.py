@@ -89,7 +89,14 @@ def engine_of(job: "Job", devices: str | None, scheduler: str | None) -> "tuple[
 def progress_of(progress: "Progress") -> "Callable[[Event], None]":
     """What renders an extraction's events."""
     from fcache.cli.progress import rate, size
-    from fcache.extractor import ExtractionStarted, RecordsDone, SampleQuarantined, WaitingForOthers, WorkerLost
+    from fcache.extractor import (
+        ExtractionStarted,
+        RecordsDone,
+        SampleQuarantined,
+        WaitingForOthers,
+        WaitingForWorkers,
+        WorkerLost,
+    )
 
     def report(event: "Event") -> None:
         if isinstance(event, ExtractionStarted):
@@ -104,6 +111,8 @@ def progress_of(progress: "Progress") -> "Callable[[Event], None]":
             progress.note(f"extract  left out {event.sample}: {event.reason}")
         elif isinstance(event, WaitingForOthers):
             progress.show(f"extract  waiting: the last {event.shards} shards are claimed by other processes")
+        elif isinstance(event, WaitingForWorkers):
+            progress.show("extract  waiting: the cluster has no workers")
         elif isinstance(event, WorkerLost):
             progress.note(f"extract  lost {event.worker} ({event.reason}); the others take over its shards")
 

@@ -46,8 +46,8 @@ def command(as_json: bool, no_time: bool, num_devices: int | None, price_per_hou
     devices = num_devices or (len(parse_devices(options["devices"])) if options["devices"] else 1)
     found = plan(parse_job(options), measure=not no_time, devices=devices)
     if as_json:
-        totals = {"records": found.records, "pending_records": found.pending_records, "bytes": found.bytes}
-        totals |= {"pending_bytes": found.pending_bytes, "fits": found.fits}
+        totals: dict[str, Any] = {"records": found.records, "bytes": found.bytes, "fits": found.fits}
+        totals |= {"pending_records": found.pending_records, "pending_bytes": found.pending_bytes}
         if price_per_hour is not None:
             totals["price"] = price(found, price_per_hour)
         click.echo(json.dumps(asdict(found) | totals, indent=2, default=str))

@@ -13,6 +13,7 @@ from fcache.extractor.events import SampleQuarantined as SampleQuarantined
 from fcache.extractor.events import ShardCommitted as ShardCommitted
 from fcache.extractor.events import TimeSpent as TimeSpent
 from fcache.extractor.events import WaitingForOthers as WaitingForOthers
+from fcache.extractor.events import WaitingForWorkers as WaitingForWorkers
 from fcache.extractor.events import WorkerLost as WorkerLost
 from fcache.extractor.job import Job as Job
 from fcache.extractor.live import LiveSource as LiveSource

@@ -60,7 +60,7 @@ def _chosen(groups: Sequence[Group], backbone: Backbone) -> dict[str, int]:
     return found
 
 
-def batch_by_bytes(levels: Sequence[LevelSpec]) -> int:
+def batch_by_bytes(levels: tuple[LevelSpec, ...]) -> int:
     """The largest power of two, from 1 to 16, whose features take at most 64 MiB in float32."""
     fitting = max(1, CPU_BYTES // max(1, record_bytes(levels, OTHER_ENCODING)))
     return min(LARGEST_CPU_BATCH, 1 << (fitting.bit_length() - 1))

@@ -5,7 +5,9 @@ times as there are decoders and devices.
 """
 
 import multiprocessing
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from typing import Any
 
 
 def child_context() -> ForkServerContext:
@@ -14,3 +16,9 @@ def child_context() -> ForkServerContext:
     # Without effect once the server runs.
     context.set_forkserver_preload(["fcache.extractor"])
     return context
+
+
+def pipe_of(context: ForkServerContext) -> tuple[Connection, Connection]:
+    """Both ends of a pipe; the child's is to be closed here once the child has started."""
+    ends: Any = context.Pipe()
+    return ends

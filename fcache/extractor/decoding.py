@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fcache.cache_spec import DataError, View
-from fcache.extractor.children import child_context
+from fcache.extractor.children import child_context, pipe_of
 from fcache.extractor.datasets import DatasetSplit, RawSample, Sample
 from fcache.extractor.videos import FrameChoice
 from fcache.extractor.views import cut_view, draw_frames
@@ -155,7 +155,7 @@ class Decoders:
 
     def _start(self) -> tuple[Any, Connection]:
         context = child_context()
-        ours, theirs = context.Pipe()
+        ours, theirs = pipe_of(context)
         process = context.Process(target=_serve, args=(self._decoder, theirs), name="fcache-decoder", daemon=True)
         try:
             process.start()

@@ -48,6 +48,11 @@ class WaitingForOthers:
 
 
 @dataclass(frozen=True)
+class WaitingForWorkers:
+    """The cluster has no workers now; the run goes on when some join it."""
+
+
+@dataclass(frozen=True)
 class WorkerLost:
     """A process of several died or failed; what it was at goes back to the others."""
 
@@ -85,4 +90,12 @@ class TimeSpent:
 
 # What a process of an extraction tells the one that leads it.
 WorkerEvent = BatchDone | TimeSpent | ShardCommitted | SampleQuarantined | WaitingForOthers
-Event = ExtractionStarted | RecordsDone | ShardCommitted | SampleQuarantined | WaitingForOthers | WorkerLost
+Event = (
+    ExtractionStarted
+    | RecordsDone
+    | ShardCommitted
+    | SampleQuarantined
+    | WaitingForOthers
+    | WaitingForWorkers
+    | WorkerLost
+)

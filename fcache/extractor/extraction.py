@@ -59,7 +59,7 @@ def open_extraction(job: Job) -> Generator[Extraction]:
     plan = plan_of(prepared)
     check_space(plan)
     writer = open_writer(job.cache, prepared.wanted)
-    with writer.claims.beating(), Decoders(prepared.decoder, job.decoders) as decoders:
+    with writer.claims.beating(), Decoders(prepared.decoder, job.decoders()) as decoders:
         try:
             extraction = Extraction(prepared, writer, fit_tables(prepared, writer), decoders, plan)
             recheck(writer, prepared, tasks_of(writer, prepared))

@@ -53,8 +53,8 @@ class Plan:
     `level_bytes` maps a level to its bytes a training record, `level_choices` all levels that the backbone could give.
     `view_bytes` maps numbers of training views to the bytes of the training split; it is empty if all views of an image
     are the same one. `targets` are the kinds of annotation, `devices` how many of them work. If something was measured,
-    `rates` and `costs` are there, and `encodings` maps each encoding to the bytes that it takes for a record (None where
-    the features of the batch do not fit). `notes` say what a user should know of the data.
+    `rates` and `costs` are there, and `encodings` maps each encoding to the bytes that it takes for a record (None
+    where the features of the batch do not fit). `notes` say what a user should know of the data.
     """
 
     cache: str
@@ -116,7 +116,7 @@ def plan(job: Job, *, measure: bool = True, devices: int = 1) -> Plan:
         bytes=found.pending_bytes,
         pass_records=sum(len(g.ids) for g in training),
         pass_bytes=sum(len(g.ids) * record_bytes(g.levels, g.encoding) for g in training),
-        decoders=job.decoders,
+        decoders=job.decoders(devices),
         devices=devices,
     )
     return replace(found, rates=rates, costs=costs(rates, work), encodings=encodings)

@@ -85,7 +85,7 @@ def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
         place = (task.shard.group, task.shard.index)
         if place in look.held:
             later.append(task)
-        elif place not in look.done:
+        elif not all((*place, part) in look.done for part in task.parts):
             if found := _claim(writer, task):
                 yield found
             else:
@@ -107,12 +107,12 @@ def _claim(writer: CacheWriter, task: Task) -> Task | None:
 
 
 class _Look:
-    """Which shards others held, and which were committed, when this process last looked."""
+    """Which shards others held, and which parts of shards were committed, when this process last looked."""
 
     def __init__(self, writer: CacheWriter) -> None:
         self._writer, self._next = writer, 0.0
         self.held: set[tuple[str, int]] = set()
-        self.done: set[tuple[str, int]] = set()
+        self.done: set[tuple[str, int, str]] = set()
 
     def again(self) -> None:
         """Looks, unless that would take a notable share of the time."""
@@ -123,8 +123,9 @@ class _Look:
         self.held, self.done = set(), set()
         for group in manifest.groups:
             self.held |= {(group.path, i) for i in _numbers(names(claim_folder(group.path)))}
-            parts = [set(_numbers(names(commit_path(group.path, p, 0).rpartition("/")[0]))) for p in manifest.parts()]
-            self.done |= {(group.path, i) for i in set.intersection(*parts)}
+            for part in manifest.parts():
+                folder = commit_path(group.path, part, 0).rpartition("/")[0]
+                self.done |= {(group.path, i, part) for i in _numbers(names(folder))}
         now = time.monotonic()
         self._next = now + LOOK_SHARE * (now - started)
 

@@ -112,7 +112,9 @@ def test_an_interrupted_or_killed_command_leaves_no_process_and_nothing_half_wri
     line += [str(job.root), "--cache", str(job.cache), "--views", "6", "--view-recipe", "ade20k-small"]
     line += ["--input-size", "64", "64", "--precision", "fp32", "--shard-records", "3", "--batch-size", "2"]
     line += ["--workers", "0", "--devices", "cpu,cpu"]
-    for number, everybody, status in ((signal.SIGINT, True, 130), (signal.SIGKILL, False, -signal.SIGKILL)):
+    # Ctrl-C of a terminal and the end of a Slurm job reach all processes.
+    ends = ((signal.SIGINT, True, 130), (signal.SIGTERM, True, 130), (signal.SIGKILL, False, -signal.SIGKILL))
+    for number, everybody, status in ends:
         before = len(list(job.cache.glob("commits/**/*.json")))
         process = CONTEXT.Process(target=_command, args=(line,))
         process.start()
@@ -121,13 +123,12 @@ def test_an_interrupted_or_killed_command_leaves_no_process_and_nothing_half_wri
             assert process.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)
-        # Ctrl-C of a terminal reaches all processes, `kill` one.
         kill = os.killpg if everybody else os.kill
         kill(process.pid, number)
         process.join(120)
         assert process.exitcode == status
         assert group_is_gone(process.pid, seconds=60), "processes outlive their command"
-        if number == signal.SIGINT:
+        if status == 130:
             assert not list(job.cache.glob("partial/*"))
             assert not list(job.cache.glob("claims/*/*"))
         assert verify(job.cache, deep=True).corrupt == ()

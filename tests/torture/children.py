@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fcache.extractor", "fcache.heads", "fcache.cli.app", "tests.torture.children"])
+CONTEXT.set_forkserver_preload(
+    ["fcache.extractor", "fcache.heads", "fcache.cli.app", "distributed", "tests.torture.children"]
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python that change the file system: which of their arguments are paths, which are folder descriptors.
 CHANGES = {

@@ -5,27 +5,25 @@ may run again, or twice at once, after a worker was lost: claims keep work from 
 again has equal bytes. This module imports distributed, which the other engines do not need.
 """
 
-import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin, as_completed, get_worker
+from distributed import Client, Future, KilledWorker, as_completed
+from distributed.client import FutureCancelledError
 
 from fcache.cache_spec import DataError, FcacheError, open_storage
 from fcache.cache_spec.store import read_manifest
 from fcache.cache_spec.writer import CacheWriter
 from fcache.extractor.engines import Engine
-from fcache.extractor.engines.local import started
-from fcache.extractor.events import BatchDone, Event, WaitingForOthers, WorkerEvent, WorkerLost
-from fcache.extractor.extraction import Extraction, open_extraction, wait
+from fcache.extractor.engines.dask_worker import Answer, OnWorker, begin, shard, stop
+from fcache.extractor.events import Event, WaitingForOthers, WaitingForWorkers, WorkerEvent, WorkerLost
+from fcache.extractor.extraction import wait
 from fcache.extractor.job import Job
-from fcache.extractor.pipeline import Stopped, extract_shards
-from fcache.extractor.work import Pending, claimed, pending_shards, task_of, tasks_of
+from fcache.extractor.pipeline import Stopped
+from fcache.extractor.work import pending_shards
 
 CONNECT_SECONDS = 15
 POLL_SECONDS = 0.05
@@ -70,100 +68,6 @@ def _extract(
         client.close(timeout=CONNECT_SECONDS if there else 0.1)
 
 
-class OnWorker(WorkerPlugin):
-    """A job on a worker: opened when its first shard comes, closed with the worker or the run."""
-
-    def __init__(self, job: Job, device: str | None) -> None:
-        self._job, self._device = job, device
-
-    def setup(self, worker: Worker) -> None:
-        """Called by dask in the worker, also after its restart."""
-        self._worker = worker
-        self._lock, self._open, self._busy = threading.Lock(), ExitStack(), 0
-        self._extraction: Extraction | None = None
-        self.stop = threading.Event()
-
-    def teardown(self, worker: Worker) -> None:
-        """Called by dask when the worker or the run ends."""
-        self.stop.set()
-        with self._lock:
-            if not self._busy:
-                self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_job": self._job, "_device": self._device}
-
-    def begin(self) -> Extraction:
-        """The extraction, opened if it is not yet; `end` must follow. A job that does nothing any more makes room."""
-        with self._lock:
-            if self._extraction is None:
-                for other in list(self._worker.plugins.values()):
-                    if isinstance(other, OnWorker) and other is not self and not other._busy:
-                        other.close()
-                device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-                if device == "cpu":
-                    torch.set_num_threads(self._worker.state.nthreads)
-                self._extraction = self._open.enter_context(open_extraction(replace(self._job, device=device)))
-            self._busy += 1
-            return self._extraction
-
-    def end(self) -> None:
-        """A task is done with the extraction."""
-        with self._lock:
-            self._busy -= 1
-            if self.stop.is_set() and not self._busy:
-                self.close()
-
-    def close(self) -> None:
-        """Gives back what the job holds."""
-        self._extraction = None
-        self._open.close()
-
-
-# What a task answers: events, or an error that another try would meet, too.
-Answer = tuple[Event | WorkerEvent, ...] | FcacheError
-
-
-def _begin(name: str) -> Answer:
-    """On a worker: creates or grows the cache."""
-    plugin: Any = get_worker().plugins[name]
-    try:
-        extraction: Extraction = plugin.begin()
-    except FcacheError as e:
-        return e
-    try:
-        return (started(extraction, tasks_of(extraction.writer, extraction.prepared)),)
-    finally:
-        plugin.end()
-
-
-def _shard(name: str, pending: Pending) -> Answer:
-    """On a worker: extracts one shard, if it is not claimed or committed by then."""
-    plugin: Any = get_worker().plugins[name]
-    events: list[WorkerEvent] = []
-    try:
-        extraction: Extraction = plugin.begin()
-        try:
-            task = task_of(extraction.writer, extraction.prepared, pending)
-            shards = claimed(extraction.writer, [task])
-            extract_shards(extraction, shards, report=events.append, should_stop=plugin.stop.is_set)
-        finally:
-            plugin.end()
-    except Stopped:
-        return ()
-    except FcacheError as e:
-        return e
-    records = sum(e.records for e in events if isinstance(e, BatchDone))
-    return (BatchDone(records), *(e for e in events if not isinstance(e, BatchDone)))
-
-
-def _stop(name: str, dask_worker: Worker) -> None:
-    """On a worker, beside its tasks: they end after their batch."""
-    plugin: Any = dask_worker.plugins.get(name)
-    if plugin is not None:
-        plugin.stop.set()
-
-
 @dataclass
 class _Run:
     """One extraction, led from this process."""
@@ -182,18 +86,18 @@ class _Run:
         flying: set[Future] = set()
         ready = as_completed((), loop=self.client.loop)
         try:
-            self._fly(ready, flying, [partial(_begin, self.name)])
+            self._fly(ready, flying, [partial(begin, self.name)])
             storage = open_storage(self.job.cache)
             writer = CacheWriter(storage, read_manifest(storage))
             number = 0
             while pending := pending_shards(writer, self.job):
-                self._fly(ready, flying, [partial(_shard, self.name, p) for p in pending])
+                self._fly(ready, flying, [partial(shard, self.name, p) for p in pending])
                 number += 1
                 if left := pending_shards(writer, self.job):
                     self.report(WaitingForOthers(len(left)))
                     wait(self.should_stop)
         except Stopped:
-            self.client.run(_stop, self.name)
+            self.client.run(stop, self.name)
             while flying:
                 if not self._land(ready, flying):
                     time.sleep(POLL_SECONDS)
@@ -231,6 +135,13 @@ class _Run:
                     f"dask gave up on a shard: {e.allowed_failures + 1} workers died while they had it, perhaps for "
                     "lack of memory; give them more, or lower --batch-size and --workers, and run the same again"
                 ) from e
+            except FutureCancelledError as e:
+                raise self.scheduler_lost() from e
+            except Exception as e:
+                raise DataError(
+                    f"a shard failed on the workers {RETRIES + 1} times, at last with {type(e).__name__}: {e}; what is "
+                    "committed stays: mend the cause and run the same command again"
+                ) from e
             finally:
                 future.release()
             if isinstance(answer, FcacheError):
@@ -247,6 +158,8 @@ class _Run:
         for gone in self.workers.keys() - found.keys():
             self.report(WorkerLost(gone, "left the cluster"))
         self.workers, self.asked = found, time.monotonic()
+        if not found:
+            self.report(WaitingForWorkers())
 
     def _resources(self) -> dict[str, float] | None:
         declared = any(GPU in w["resources"] for w in self.workers.values())

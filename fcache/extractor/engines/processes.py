@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fcache.cache_spec import DataError, FcacheError, open_storage
-from fcache.extractor.children import child_context
+from fcache.extractor.children import child_context, pipe_of
 from fcache.extractor.devices import check_device
 from fcache.extractor.engines import Engine
 from fcache.extractor.engines.local import started
@@ -82,8 +82,8 @@ class _Team:
     def __init__(self, job: Job, devices: tuple[str, ...], report: Callable[[Event | WorkerEvent], None]) -> None:
         self._job, self._report = job, report
         threads = max(1, torch.get_num_threads() // max(1, sum(d == "cpu" for d in devices)))
-        decoders = job.workers if job.workers is not None else -(-job.decoders // len(devices))
-        jobs = [replace(job, device=device, workers=decoders) for device in devices]
+        jobs = [replace(job, device=device) for device in devices]
+        jobs = [replace(j, workers=j.decoders(len(devices))) for j in jobs]
         self._starts = [partial(_start, j, threads if j.device == "cpu" else 0) for j in jobs]
         self._members: list[_Member] = []
 
@@ -133,7 +133,7 @@ class _Team:
         elif isinstance(said, WaitingForOthers):
             member.waits = True
             # One that waits for the others of its own run waits for nobody.
-            if all(m.waits or m.finished is not None for m in self._members):
+            if all(m.waits or not m.process.is_alive() for m in self._members):
                 self._report(said)
         else:
             member.waits = member.waits and not isinstance(said, BatchDone)
@@ -153,7 +153,7 @@ class _Team:
 
 def _start(job: Job, threads: int) -> _Member:
     context = child_context()
-    ours, theirs = context.Pipe()
+    ours, theirs = pipe_of(context)
     process = context.Process(target=_work, args=(job, threads, theirs), name=f"fcache-{job.device}")
     process.start()
     theirs.close()
