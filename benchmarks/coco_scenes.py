@@ -6,8 +6,8 @@
 trains all detectors in one pass with the recipe `coco-small` at inputs of 128 and ITERATIONS iterations, on two cached
 views of every scene. One row more has the first row's heads on an fp32 cache, which equals training beside the running
 backbone bit for bit (`tests/test_parity.py`). Random weights, which only say what pretraining is worth, get two heads.
-A row that is done is not run again, so the script may be stopped and continued; --table only writes the results of what
-is there, in results/coco_scenes.json and .md.
+A run that is done is not made again, so the script may be stopped and continued; --table only writes the results of
+what is there, in results/coco_scenes.json and .md.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from camvid_heads import BACKBONES, PRETRAINED, RESULTS, SEEDS, fcache, once, spread
+from camvid_heads import BACKBONES, PRETRAINED, RESULTS, SEEDS, fcache, spread
 
 from fcache.extractor import write_coco_scenes
 
 RECIPE = "coco-small"
 SIDE, TRAIN, VAL = 128, 200, 60
-VIEWS, ITERATIONS = 2, 200
+VIEWS, ITERATIONS = 2, 250
 # Label in runs, and in tables.
 HEADS = {
     "maskrcnn": "Mask R-CNN, FPN",
@@ -59,58 +59,66 @@ def extract(name: str, cache: Path, data: Path, work: Path, *more: object) -> Pa
     return cache
 
 
-def train(cache: Path, out: Path, heads: Sequence[str], seed: int) -> dict[str, Any]:
-    """Heads trained in one pass with one seed: their scores and costs by label."""
+def train(cache: Path, out: Path, heads: Sequence[str], seed: int) -> None:
+    """Heads trained in one pass with one seed; those that are done are not trained again."""
     chosen = [argument for head in heads for argument in ("--head", head)]
     fcache(
         "train-head", "--cache", cache, *chosen, "--recipe", RECIPE, "--iters", ITERATIONS, "--seed", seed,
         "--out", out, "--resume", "--allow-random-backbone",
     )  # fmt: skip
-    runs = [json.loads(p.read_text()) for p in out.glob(f"*-seed{seed}/run.json")]
-    return {r["label"]: {**{m: r["evaluations"][-1]["metrics"][m] for m in METRICS}, "cost": r["cost"]} for r in runs}
 
 
-def cached_row(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
+def cached_row(name: str, seed: int, data: Path, work: Path) -> None:
     """The detectors on two cached views, int8."""
-    label = name.replace(" ", "-")
     heads = tuple(HEADS) if name in PRETRAINED else FEW
-
-    def trained() -> dict[str, Any]:
-        cache = extract(name, work / f"{label}.fcache", data, work)
-        return {"backbone": name, "seed": seed, "heads": train(cache, work / "runs" / label, heads, seed)}
-
-    return once(work / "rows" / f"cached-{label}-{seed}.json", trained)
+    train(extract(name, work / f"{folder(name)}.fcache", data, work), work / "runs" / folder(name), heads, seed)
 
 
-def live_row(name: str, data: Path, work: Path) -> dict[str, Any]:
-    """The same on features as the backbone gives them, views and seed as in the cached row."""
-
-    def trained() -> dict[str, Any]:
-        cache = extract(name, work / f"{name}-fp32.fcache", data, work, "--encoding", "fp32")
-        return {"backbone": name, "seed": 0, "heads": train(cache, work / "runs" / f"{name}-fp32", tuple(HEADS), 0)}
-
-    return once(work / "rows" / f"live-{name}-0.json", trained)
+def live_row(name: str, data: Path, work: Path) -> None:
+    """The same on features as the backbone gives them, views and seed as in the first cached row."""
+    cache = extract(name, work / f"{folder(name)}-fp32.fcache", data, work, "--encoding", "fp32")
+    train(cache, work / "runs" / f"{folder(name)}-fp32", tuple(HEADS), 0)
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def folder(name: str) -> str:
+    """The name of a backbone in paths."""
+    return name.replace(" ", "-")
+
+
+def scores(runs: Path) -> list[dict[str, Any]]:
+    """What the finished runs of a folder scored and cost, by seed."""
+    found = [json.loads(p.read_text()) for p in runs.glob("*/run.json")]
+    rows = [
+        {"head": r["label"], "seed": r["train"]["seed"], "cost": r["cost"], "minutes": r["cost"]["seconds"] / 60}
+        | {m: r["evaluations"][-1]["metrics"][m] for m in METRICS}
+        for r in found
+        if r["status"] == "finished" and r["iterations"] == ITERATIONS
+    ]
+    return sorted(rows, key=lambda row: (row["head"], row["seed"]))
+
+
+def table(rows: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """Heads by backbones: AP over the seeds, and what live features change for seed 0 (boxes / masks)."""
     lines = [
         "| backbone | head | parameters | box AP | AP50 | mask AP | AP50 | seeds | live features |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in BACKBONES:
-        mine = sorted((r for r in rows["cached"] if r["backbone"] == name), key=lambda r: r["seed"])
-        live = next((r["heads"] for r in rows["live"] if r["backbone"] == name), {})
         for head, shown in HEADS.items():
-            found = [r["heads"][head] for r in mine if head in r["heads"]]
+            found = [row for row in rows["cached"][name] if row["head"] == head]
+            live = [row for row in rows["live"][name] if row["head"] == head]
             if not found:
                 continue
             gain = ""
-            if head in live and mine[0]["seed"] == 0:
-                gain = " / ".join(f"{live[head][m] - found[0][m]:+.3f}" for m in ("box_ap", "mask_ap"))
-            scores = [spread([f[m] for f in found]) for m in METRICS]
-            cells = [name, shown, f"{found[0]['cost']['parameters']:,}", *scores, str(len(found)), gain]
-            lines.append(f"| {' | '.join(cells)} |")
+            if live and found[0]["seed"] == live[0]["seed"]:
+                gain = " / ".join(f"{live[0][m] - found[0][m]:+.3f}" for m in ("box_ap", "mask_ap"))
+            cells = [
+                name,
+                shown,
+                f"{found[0]['cost']['parameters']:,}",
+                *(spread([f[m] for f in found]) for m in METRICS),
+            ]
+            lines.append(f"| {' | '.join([*cells, str(len(found)), gain])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -132,8 +140,8 @@ def main() -> None:
             cached_row(name, seed, data, work)
         if seed == 0 and EXACT in names:
             live_row(EXACT, data, work)
-    kinds = ("cached", "live")
-    rows = {k: [json.loads(p.read_text()) for p in sorted((work / "rows").glob(f"{k}-*.json"))] for k in kinds}
+    places = {"cached": "", "live": "-fp32"}
+    rows = {k: {n: scores(work / "runs" / f"{folder(n)}{end}") for n in BACKBONES} for k, end in places.items()}
     about = {"machine": platform.machine(), "processors": os.cpu_count(), "date": time.strftime("%Y-%m")}
     about |= {"recipe": RECIPE, "side": SIDE, "train": TRAIN, "val": VAL, "views": VIEWS, "iterations": ITERATIONS}
     RESULTS.mkdir(exist_ok=True)

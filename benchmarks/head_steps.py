@@ -1,10 +1,11 @@
 """What a cached training step costs beside a live one: waiting for data, and the ratio to running the frozen backbone.
 
-    python benchmarks/head_steps.py [--work DIR] [--device cuda] [--only swinv2-t/linear]
+    python benchmarks/head_steps.py [--task coco] [--work DIR] [--device cuda] [--only swinv2-t/linear]
 
-SwinV2-T and -B with random weights on made-up scenes with ADE20K's number of classes, views of 512 x 512 (on a CPU of
-256 x 256, as those of the small recipes), and the heads of the papers at full width. For every head, in interleaved
-rounds of one process and with the same learner:
+SwinV2-T and -B with random weights on made-up scenes with ADE20K's size and number of classes, views of 512 x 512, and
+the heads of the papers at full width; with `--task coco` scenes of COCO's size and classes, views of 1024 x 1024 by
+large-scale jitter, and the detectors of the papers. On a CPU views are of 256 x 256, as those of the small recipes. For
+every head, in interleaved rounds of one process and with the same learner:
 
 - cached: batches of `fcache extract`'s store kept in memory (`train-head --resident ram`; `device` on a GPU), int8 as
   it is by default and fp16. Waiting is the share of the step that passes before the batch is there, as `train` counts.
@@ -15,11 +16,16 @@ rounds of one process and with the same learner:
 - on a GPU also a batch that stays there, decoded: what the step takes beyond it is all that data cost, also where the
   GPU waits and not the program.
 
+Peak memory is that of the turns on int8 and of the live ones: allocated by torch on a GPU, resident in the process on a
+CPU (Linux). Both include the weights of the backbone and the stores, which lie there all the time; so a training from
+a cache alone takes less than is said here.
+
 The bound is (b + 3h) / 3h with multiply-adds of the backbone's (b) and the head's forward pass (h) by FlopCounterMode:
 a backward pass is taken as two forward ones; losses, matching, grid samples, elementwise work and the optimizer count
-for nothing, so that a measured ratio may lie on either side. Heads train in float32 on a CPU, under bf16 autocast on a
-GPU. A step of a CPU takes seconds: there a batch has 2 photos, fp16 is measured for `linear` alone, whose step is the
-shortest, and all heads together have one round.
+for nothing, so that a measured ratio may lie on either side; of detectors no head's pass is counted whole, since what
+they do depends on what they find, so they have no bound. Heads train in float32 on a CPU, under bf16 autocast on a
+GPU. A step of a CPU takes seconds: there a batch has 2 photos, fp16 is measured for the first head alone, whose step is
+the shortest, and all heads together have one round.
 
 With --work what is done is kept there, and not done again: the script may be stopped and continued, or run row by row
 with --only, which takes a backbone, a row (swinv2-t/linear, swinv2-t/backbone) or a pattern ('*/upernet*').
@@ -43,7 +49,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from storage.report import RESULTS, machine, publish, table, work_folder
 from storage.rounds import Row
-from training.sources import Data, decoded_once, one_batch
+from training.memory import forget_peak, peak_memory
+from training.sources import NUM_CLASSES, PHOTOS, Data, decoded_once, one_batch
 from training.steps import Step, giga_macs, head_macs, learner, steps, turn, warm_up
 
 from fcache.cache_spec import BlockSource
@@ -54,14 +61,27 @@ from fcache.heads import TrainConfig, choose_head, device_batches, needed_levels
 from fcache.heads.learner import Learner
 
 BACKBONES = ("swinv2-t", "swinv2-b")
-HEADS = (
-    "linear",
-    "fcn",
-    "upernet",
-    "upernet:neck=bifpn,layers=5",
-    "mask2former:pixel_blocks=1,decoder_blocks=3",
-    "mask2former:pixel_blocks=6,decoder_blocks=9",
-)
+HEADS = {
+    "ade20k": (
+        "linear",
+        "fcn",
+        "upernet",
+        "upernet:neck=bifpn,layers=5",
+        "mask2former:pixel_blocks=1,decoder_blocks=3",
+        "mask2former:pixel_blocks=6,decoder_blocks=9",
+    ),
+    "coco": (
+        "maskrcnn",
+        "maskrcnn:neck=fpn-residual,layers=4",
+        "maskrcnn:neck=bifpn,layers=5",
+        "cascade",
+        "cascade:neck=bifpn,layers=5",
+        "htc-without-semantic",
+    ),
+}
+# "Could Giant Pretrained Image Models Extract Universal Representations?", Tables 7 and 8, COCO, frozen: 5x BiFPN,
+# batches of 16 at 1024 x 1024, with the backbone running in every step.
+PAPER = {"swinv2-t": "9.74G and 0.44 s", "swinv2-b": "10.38G and 0.50 s"}
 ALL, BACKBONE = "all heads in one pass", "backbone"
 INT8, FP16, LIVE, STAYS = "int8", "fp16", "live", "one batch"
 # The papers' optimizer; nothing here depends on what is learned.
@@ -82,6 +102,7 @@ COLUMNS = {
     "live step, ms": "{live_ms:.0f}",
     "live / cached (range)": "{ratio:.2f} ({low:.2f} to {high:.2f})",
     "bound": "{bound:.2f}",
+    "peak memory, cached / live": "{int8_peak:.2f} / {live_peak:.2f} GB",
     "b, GMACs": "{b:.1f}",
     "h, GMACs": "{h:.1f}",
     "rounds": "{rounds}",
@@ -106,9 +127,10 @@ class Settings:
     steps: int
     threads: int
     precision: str
+    task: str = "ade20k"
     input_size: tuple[int, int] = (512, 512)
-    photo: tuple[int, int] = (512, 683)
-    heads: tuple[str, ...] = HEADS
+    photo: tuple[int, int] = PHOTOS["ade20k"]
+    heads: tuple[str, ...] = HEADS["ade20k"]
 
     @property
     def on_gpu(self) -> bool:
@@ -117,7 +139,7 @@ class Settings:
     def data(self, backbone: str, work: Path) -> Data:
         """The records of a backbone, in a folder of all that decides them."""
         size = "x".join(map(str, self.input_size))
-        folder = work / f"data-{self.device.replace(':', '-')}-{self.precision}-{self.records}-{size}"
+        folder = work / f"data-{self.task}-{self.device.replace(':', '-')}-{self.precision}-{self.records}-{size}"
         return Data(
             folder,
             backbone,
@@ -127,19 +149,19 @@ class Settings:
             precision=self.precision,
             input_size=self.input_size,
             photo=self.photo,
+            task=self.task,
         )
 
 
-def default_settings(device: str) -> Settings:
+def default_settings(device: str, task: str = "ade20k") -> Settings:
     """A step takes milliseconds on a GPU and seconds on a CPU."""
-    threads = torch.get_num_threads()
-    if torch.device(device).type == "cuda":
-        return Settings(device, batch=16, records=64, rounds=5, seconds=1.0, steps=5, threads=threads, precision="bf16")
+    threads, on_gpu = torch.get_num_threads(), torch.device(device).type == "cuda"
+    side = 256 if not on_gpu else 1024 if task == "coco" else 512
+    given = {"task": task, "heads": HEADS[task], "photo": PHOTOS[task], "input_size": (side, side), "threads": threads}
+    if on_gpu:
+        return Settings(device, batch=16, records=64, rounds=5, seconds=1.0, steps=5, precision="bf16", **given)
     # UPerNet's pooled 1 x 1 map has no batch statistics of one photo.
-    return Settings(
-        device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, threads=threads, precision="fp32",
-        input_size=(256, 256), photo=(256, 341),
-    )  # fmt: skip
+    return Settings(device, batch=2, records=8, rounds=3, seconds=4.0, steps=1, precision="fp32", **given)
 
 
 @dataclass(frozen=True)
@@ -192,20 +214,17 @@ class Bench:
         learners = [self.learner(head) for head in heads]
         levels = needed_levels([x.choice for x in learners], self.live.info.levels)
         sources: dict[str, BlockSource] = {INT8: self.data.cached(INT8, levels)}
-        if settings.on_gpu or heads == ("linear",):
+        if settings.on_gpu or heads == settings.heads[:1]:
             sources[FP16] = self.data.cached(FP16, levels)
         if settings.on_gpu:
             sources[STAYS] = one_batch(sources[INT8], self.device)
         sources[LIVE] = self.live
-        h = sum(self.head_macs(head, sources[INT8]) for head in heads)
         rounds = settings.rounds if settings.on_gpu or alone else 1
-        return {
-            "parameters": sum(x.parameters for x in learners) / 1e6,
-            "b": self.macs,
-            "h": h,
-            "bound": (self.macs + 3 * h) / (3 * h),
-            **interleaved(sources, learners, rounds, settings, self.device),
-        }
+        row: Row = {"parameters": sum(x.parameters for x in learners) / 1e6, "b": self.macs}
+        if settings.task == "ade20k":
+            h = sum(self.head_macs(head, sources[INT8]) for head in heads)
+            row |= {"h": h, "bound": (self.macs + 3 * h) / (3 * h)}
+        return row | interleaved(sources, learners, rounds, settings, self.device)
 
     def backbone_row(self) -> Row:
         """The backbone without a head, a batch at a time."""
@@ -241,15 +260,18 @@ def interleaved(
         count = count_of(step, settings)
         seconds: dict[str, list[float]] = {name: [] for name in streams}
         waits: dict[str, list[float]] = {name: [] for name in streams}
+        peaks = dict.fromkeys(streams, 0.0)
         for r in range(rounds):
             for name in list(streams) if r % 2 == 0 else reversed(list(streams)):
+                forget_peak(device)
                 taken, waited = turn(streams[name], count, device)
+                peaks[name] = max(peaks[name], peak_memory(device) / 1e9)
                 seconds[name].append(taken)
                 waits[name].append(waited)
     finally:
         for stream in streams.values():
             stream.close()
-    return summary(seconds, waits, count)
+    return summary(seconds, waits, count) | {f"{name}_peak": peak for name, peak in peaks.items()}
 
 
 def count_of(step: float, settings: Settings) -> int:
@@ -314,10 +336,12 @@ def about(settings: Settings) -> str:
     place = torch.cuda.get_device_name(settings.device) if settings.on_gpu else f"the CPU, {settings.threads} threads"
     autocast = settings.on_gpu and torch.cuda.is_bf16_supported()
     size = " x ".join(map(str, settings.input_size))
+    paper = f" The paper (Tables 7, 8: live, batch 16, 1024 x 1024, 5x BiFPN): {PAPER}."
     return (
-        f"Training steps on {place}: batches of {settings.batch} views of {size}, 150 classes; backbone in "
-        f"{settings.precision}, heads in {'bf16 autocast' if autocast else 'float32'}. Medians of interleaved rounds; "
-        "live runs the backbone on views that lie decoded in memory."
+        f"Training steps on {place}: batches of {settings.batch} views of {size}, {NUM_CLASSES[settings.task]} "
+        f"classes; backbone in {settings.precision}, heads in {'bf16 autocast' if autocast else 'float32'}. Medians of "
+        "interleaved rounds; live runs the backbone on views that lie decoded in memory."
+        + (paper if settings.task == "coco" else "")
     )
 
 
@@ -335,15 +359,21 @@ def tables(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="keep caches and rows here (default: a temporary folder)")
+    parser.add_argument("--task", choices=HEADS, default="ade20k")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="swinv2-b, or swinv2-b/linear")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 2 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 5 on a GPU, 3 on a CPU")
+    parser.add_argument(
+        "--input-size", type=int, metavar="SIDE", help="default: 256 on a CPU, 512 or (coco) 1024 on a GPU"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     given = {name: value for name in ("batch", "rounds", "precision") if (value := getattr(args, name)) is not None}
-    settings = replace(default_settings(args.device), **given)
+    if args.input_size:
+        given["input_size"] = (args.input_size, args.input_size)
+    settings = replace(default_settings(args.device, args.task), **given)
     settings = replace(settings, records=max(settings.records, 2 * settings.batch))
     m = machine("timm", "scipy")
     if settings.on_gpu:
@@ -353,7 +383,7 @@ def main() -> None:
         result = measure(work, settings, BACKBONES, args.only)
     if not result["rows"]:
         parser.error(f"there is no row {' or '.join(args.only)}")
-    publish("head_steps", result, tables(result), args.out, m=m)
+    publish("head_steps" if args.task == "ade20k" else "detector_steps", result, tables(result), args.out, m=m)
 
 
 if __name__ == "__main__":

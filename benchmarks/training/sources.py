@@ -1,5 +1,6 @@
 """The same batches from a cache in memory, from a running backbone, and from one batch that stays where it is."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 
 from fcache.cache_spec import Block, BlockSource, CodedLevel, SourceInfo, StreamConfig, open_cache
 from fcache.cli.train_head import decoded_for, training_source
-from fcache.extractor import Job, LiveSource, extract, write_scenes
+from fcache.extractor import Job, LiveSource, extract, write_coco_scenes, write_scenes
 from fcache.extractor.decoding import Decoded, Decoder, Request
 from fcache.extractor.prepare import Prepared, prepare
 from fcache.heads import batch_buffers, device_batches
 from fcache.heads.events import silent
 
-# As ADE20K: its usual photo, its number of classes; the scenes themselves have ten.
-PHOTO, NUM_CLASSES = (512, 683), 150
+# By data set its usual photo, its number of classes and what heads learn from; the scenes themselves have ten classes.
+PHOTOS = {"ade20k": (512, 683), "coco": (480, 640)}
+NUM_CLASSES = {"ade20k": 150, "coco": 80}
+KINDS = {"ade20k": "semantic", "coco": "instances"}
 SPLIT, SEED = "train", 0
 
 
@@ -35,14 +38,15 @@ class Data:
     device: str
     precision: str = "bf16"
     input_size: tuple[int, int] = (512, 512)
-    photo: tuple[int, int] = PHOTO
+    photo: tuple[int, int] = PHOTOS["ade20k"]
+    task: str = "ade20k"
 
     def job(self, encoding: str) -> Job:
         """The extraction of the records, with the defaults of `fcache extract`."""
         return Job(
             model=self.backbone,
-            dataset="ade20k",
-            root=scenes(self.work, self.records, self.photo),
+            dataset=self.task,
+            root=scenes(self.work, self.records, self.photo, self.task),
             cache=self.work / f"{self.backbone}-{encoding.replace(':', '-')}.fcache",
             weights="random:0",
             splits=(SPLIT,),
@@ -58,7 +62,7 @@ class Data:
         return StreamConfig(
             batch_size=self.batch,
             levels=levels,
-            kinds=("semantic",),
+            kinds=(KINDS[self.task],),
             seed=SEED,
             drop_last=True,
             decode=decoded_for(self.device),
@@ -78,13 +82,23 @@ class Data:
         return LiveSource(prepare(self.job("fp32")), SPLIT, self.batch, "shuffled", SEED, drop_last=True)
 
 
-def scenes(work: Path, records: int, photo: tuple[int, int]) -> Path:
-    """A data set of scenes with as many class names as ADE20K, written if it is not there yet."""
-    root = work / f"scenes-{records}"
-    if not (root / "dataset.toml").exists():
+def scenes(work: Path, records: int, photo: tuple[int, int], task: str) -> Path:
+    """A data set of scenes with as many class names as the real one has, written if it is not there yet."""
+    root, count = work / f"scenes-{records}", NUM_CLASSES[task]
+    if root.exists():
+        return root
+    if task == "ade20k":
         write_scenes(root, train=records, val=1, size=photo)
-        names = ", ".join(f'"class {i}"' for i in range(NUM_CLASSES))
+        names = ", ".join(f'"class {i}"' for i in range(count))
         (root / "dataset.toml").write_text(f"class_names = [{names}]\n")
+        return root
+    write_coco_scenes(root, train=records, val=1, size=photo)
+    for file in (root / "annotations").iterdir():
+        data = json.loads(file.read_text())
+        listed = {c["id"] for c in data["categories"]}
+        more = [i for i in range(1, count + len(listed) + 1) if i not in listed][: count - len(listed)]
+        data["categories"] += [{"id": i, "name": f"class {i}"} for i in more]
+        file.write_text(json.dumps(data))
     return root
 
 

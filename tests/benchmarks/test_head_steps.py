@@ -78,6 +78,35 @@ def test_every_row_is_measured_once_and_says_what_it_is_made_of(script, settings
     assert f"| {script.ALL} |" in text
 
 
+TINY = "maskrcnn:width=8,box_units=16,rois=16,candidates=50,50,proposals=20,mask_convs=1"
+
+
+def test_detectors_are_measured_on_scenes_of_coco(script, settings, tmp_path):
+    settings = replace(settings, task="coco", heads=(TINY,), steps=1, rounds=1)
+    result = script.measure(tmp_path, settings, (BACKBONE,), ["*maskrcnn*"])
+    (row,) = result["rows"][BACKBONE].values()
+    assert set(row["seconds"]) == {"int8", "fp16", "live"}
+    assert "bound" not in row
+    assert min(row["int8_peak"], row["live_peak"]) > 0.1
+    assert row["parameters"] > 0.01
+    info = settings.data(BACKBONE, tmp_path).cached("int8").info
+    assert (info.target("instances").kind, len(info.target("instances").class_names)) == ("instances", 80)
+    assert "9.74G" in result["what"]
+    assert "80 classes" in result["what"]
+
+
+def test_peaks_are_those_of_a_stretch_of_work():
+    from training.memory import forget_peak, peak_memory
+
+    forget_peak(CPU)
+    before = peak_memory(CPU)
+    large = torch.ones(50_000_000)
+    assert peak_memory(CPU) - before > 150_000_000
+    del large
+    forget_peak(CPU)
+    assert peak_memory(CPU) - before < 50_000_000
+
+
 def test_one_row_can_be_run_alone(script, settings, work):
     def names(*only):
         rows = script.measure(work, settings, (BACKBONE, "not a model"), list(only))["rows"]
@@ -180,7 +209,7 @@ def test_multiply_adds_are_of_one_sample_and_of_the_forward_pass():
 
 def test_results_are_two_files_named_by_the_machine(script, settings, work, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "BACKBONES", (BACKBONE,))
-    monkeypatch.setattr(script, "default_settings", lambda device: settings)
+    monkeypatch.setattr(script, "default_settings", lambda device, task: settings)
     arguments = ["--work", str(work), "--device", "cpu", "--out", str(tmp_path / "results"), "--only"]
     monkeypatch.setattr("sys.argv", ["benchmarks/head_steps.py", *arguments, "*/linear"])
     script.main()

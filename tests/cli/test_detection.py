@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fcache.cache_spec import StreamConfig, open_cache, open_source
 from fcache.cli import main
 from fcache.extractor import write_coco_scenes
 from fcache.heads import load_run
@@ -55,7 +56,8 @@ def test_htc_learns_from_maps_of_stuff_where_coco_has_them(tmp_path: Path, train
 
 
 def test_a_sweep_is_one_call_whose_runs_are_told_apart(trained: Path, tmp_path: Path, capsys) -> None:
-    heads = [f"--head=maskrcnn:{TINY},lr={lr},weight_decay={wd}" for lr in ("1e-3", "2e-3") for wd in ("0.05", "0.1")]
+    grid = [(lr, wd) for lr in ("1e-3", "2e-3") for wd in ("0.05", "0.1")]
+    heads = [f"--head=maskrcnn:{TINY},lr={lr},weight_decay={wd}" for lr, wd in grid]
     train = ["--allow-random-backbone", "--device", "cpu", "--set", "batch_size=2", "--iters", "1"]
     cache = str(trained / "c.fcache")
     assert main(["train-head", "--cache", cache, *heads, *train, "--out", str(tmp_path)]) == 0
@@ -67,6 +69,59 @@ def test_a_sweep_is_one_call_whose_runs_are_told_apart(trained: Path, tmp_path: 
     said = json.loads(capsys.readouterr().out)
     assert {run["label"] for run in said["runs"]} == {head.removeprefix("--head=") for head in heads}
     assert len(said["rows"]) == 4
+
+
+def put_at_the_edge(root: Path) -> None:
+    """Gives the first five images of each split: no object, 500, a crowd, one of a pixel, one cut by every crop."""
+    rng = np.random.default_rng(0)
+    (root / "dataset.toml").write_text("keep_empty = true\n")
+    for split in ("train", "val"):
+        file = root / "annotations" / f"instances_{split}2017.json"
+        data = json.loads(file.read_text())
+        names = [image["id"] for image in data["images"]]
+        boxes = {
+            names[1]: [(int(x), int(y), 3, 2) for x, y in rng.integers(0, (70, 60), (500, 2))],
+            names[2]: [(5, 5, 60, 40), (20, 10, 12, 14)],
+            names[3]: [(41, 30, 1, 1)],
+            names[4]: [(0, 0, 80, 64)],
+        }
+        kept = [a for a in data["annotations"] if a["image_id"] not in (names[0], *boxes)]
+        for image, found in boxes.items():
+            for i, (x, y, w, h) in enumerate(found):
+                kept.append(
+                    {
+                        "id": 1000 * image + i, "image_id": image, "category_id": 4 + i % 7, "bbox": [x, y, w, h],
+                        "area": w * h, "iscrowd": int(image == names[2] and i == 0),
+                        "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    }
+                )  # fmt: skip
+        file.write_text(json.dumps(data | {"annotations": kept}))
+
+
+def test_images_at_the_edge_go_through_the_whole_path(tmp_path: Path, capsys) -> None:
+    """No object, 500 objects, a crowd, one pixel, one beyond every crop: trained on, and scored with finite numbers."""
+    write_coco_scenes(tmp_path / "scenes", train=6, val=6, size=(64, 80))
+    put_at_the_edge(tmp_path / "scenes")
+    cache = str(tmp_path / "c.fcache")
+    data = ["--data-root", str(tmp_path / "scenes"), "--cache", cache, "--views", "2"]
+    assert main(["extract", *MODEL, *SMALL, *data]) == 0
+    heads = [f"--head={name}:{TINY}" for name in ("maskrcnn", "htc-without-semantic")]
+    train = ["--allow-random-backbone", "--device", "cpu", "--set", "batch_size=4", "--iters", "3"]
+    assert main(["train-head", "--cache", cache, *heads, *train, "--out", str(tmp_path / "runs")]) == 0
+    for folder in (tmp_path / "runs").iterdir():
+        run = load_run(folder)
+        assert run.status == "finished"
+        assert set(run.metrics) >= {"box_ap", "box_ap/small", "box_ar/100", "mask_ap", "mask_ap/small", "mask_ar/100"}
+        assert all(0 <= score <= 1 for score in run.metrics.values())
+        assert all(np.isfinite(loss) for _, loss in run.losses)
+        assert all(np.isfinite(term) for term in run.loss_terms.values())
+        # 500 objects of the others' sizes are to be found; at most 20 are, and what is missed is counted.
+        assert run.metrics["box_ar/100"] < 0.5
+    stream = StreamConfig(batch_size=1, kinds=("instances",), order="sequential")
+    source = open_source(open_cache(cache), "val", stream)
+    counts = [len(n) for b in source.blocks(0) for n in b.targets["instances/labels"]]
+    # Test views have 0.8 of the size: one pixel is less than one there.
+    assert counts[:5] == [0, 500, 2, 0, 1]
 
 
 def runs(folder: Path) -> list[str]:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Private to torchvision, which has no public form of them; `tests/heads/parts/detection/test_torchvision.py` compares
+# what is made of them with torchvision's own models, so that a change there is seen.
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
