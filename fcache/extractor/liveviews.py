@@ -100,15 +100,17 @@ class LiveViews:
     _batches: tuple[tuple[tuple[int, Sample, Plan], ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        split, cut = self.prepared.splits[self.split], self.prepared.recipe.cut("evaluation")
+        split = self.prepared.splits[self.split]
         if split.role != "evaluation":
             raise SpecError(f"test-time views are those of an evaluation split, {self.split!r} is a training split")
         groups, positions = self.prepared.wanted.split(self.split), self.prepared.positions[self.split]
         members = [(i, split.samples[positions[name]]) for i, group in enumerate(groups) for name in group.ids]
-        sizes = image_sizes(split, tuple(sample for _, sample in members))
+        # Canvases of videos are all the same, and their size is known when they are decoded.
+        video = self.prepared.recipe.frames is not None
+        sizes = [UNKNOWN_SIZE] * len(members) if video else image_sizes(split, tuple(s for _, s in members))
         together: dict[tuple[Any, ...], list[tuple[int, Sample, Plan]]] = {}
         for (index, sample), size in zip(members, sizes, strict=True):
-            plan = plan_views(cut, self.tta, size, multiple=self.prepared.backbone.size_multiple)
+            plan = self._plan(size)
             together.setdefault((index, *(p.canvas for p in plan)), []).append((index, sample, plan))
         batches: list[tuple[tuple[int, Sample, Plan], ...]] = []
         for found in together.values():
@@ -138,6 +140,10 @@ class LiveViews:
                 ahead = self._submit(pool, number + 1)
                 yield self._views(batch, [self._loaded(f, s) for f, (_, s, _) in zip(now, batch, strict=True)])
 
+    def _plan(self, size: tuple[int, int]) -> Plan:
+        cut, multiple = self.prepared.recipe.evaluation, self.prepared.backbone.size_multiple
+        return plan_views(cut, self.tta, size, multiple=multiple)
+
     def _submit(self, pool: ThreadPoolExecutor, number: int) -> "list[Future[RawSample]]":
         split = self.prepared.splits[self.split]
         frames = choose_clips(self.prepared.recipe.evaluation, self.tta)
@@ -152,9 +158,10 @@ class LiveViews:
 
     def _views(self, batch: Sequence[tuple[int, Sample, Plan]], raws: Sequence[RawSample]) -> ImageViews[Tensor]:
         group = self.prepared.wanted.split(self.split)[batch[0][0]]
-        cut = self.prepared.recipe.cut("evaluation")
+        cut = self.prepared.recipe.evaluation
         records: list[Mapping[str, Any]] = []
-        for (_, sample, plan), raw in zip(batch, raws, strict=True):
+        plans = [self._plan(raw.size) if raw.frames else plan for (_, _, plan), raw in zip(batch, raws, strict=True)]
+        for (_, sample, _), plan, raw in zip(batch, plans, raws, strict=True):
             size = raw.size
             if size != plan[0].image_size:
                 raise DataError(
@@ -166,7 +173,7 @@ class LiveViews:
             records.append(view_targets(drawn, raw=raw, canvas=group.canvas, role="evaluation"))
         return image_views(
             raws,
-            [plan for _, _, plan in batch],
+            plans,
             ids=[sample.id for _, sample, _ in batch],
             backbone=self.prepared.backbone,
             targets=stacked_targets(self.prepared, group, records),

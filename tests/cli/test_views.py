@@ -74,7 +74,9 @@ def test_scores_say_which_views_they_are_of(runs: list[str], capsys) -> None:
     assert {(r["views"], r["tta"]) for r in plain} == {("plain", None)}
     found = evaluated(capsys, *runs, "--tta", "ms-flip:scales=0.5,1")
     assert [r["views"] for r in found] == ["ms-flip:scales=0.5,1"] * 2
-    assert found[0]["tta"] == {"scales": [0.5, 1.0], "flip": True, "window": None, "stride": None}
+    assert found[0]["tta"] == {
+        "scales": [0.5, 1.0], "flip": True, "window": None, "stride": None, "clips": 1, "crops": 1
+    }  # fmt: skip
     assert [r["samples"] for r in found] == [3, 3]
     assert all(a["metrics"] != b["metrics"] for a, b in zip(plain, found, strict=True))
     assert all(a["per_class"].keys() == b["per_class"].keys() for a, b in zip(plain, found, strict=True))
