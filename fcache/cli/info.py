@@ -119,7 +119,9 @@ def _target(target: dict[str, Any]) -> str:
 
 def _cut(cut: dict[str, Any]) -> str:
     """A view recipe's cut on one line: each step's kind, then what it was given."""
-    steps = [cut["place"], *cut["looks"]] if "place" in cut else [cut]
+    steps = [cut["place"], *cut.get("looks", [])] if "place" in cut else [cut]
+    if "clip" in cut:
+        steps.insert(0, {"kind": "clip", **cut["clip"]})
     return " | ".join(
         " ".join([str(step.get("kind", "")), _short({k: v for k, v in step.items() if k != "kind"})]) for step in steps
     )

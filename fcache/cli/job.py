@@ -20,7 +20,10 @@ OPTIONS = (
         metavar="NAME",
     ),
     click.option(
-        "--dataset", required=True, help="How the data are laid out: ade20k, coco, imagefolder.", metavar="NAME"
+        "--dataset",
+        required=True,
+        help="How the data are laid out: ade20k, coco, imagefolder, kinetics400.",
+        metavar="NAME",
     ),
     click.option("--data-root", help="The data. By default $FCACHE_DATA/<dataset>.", metavar="DIR"),
     click.option(

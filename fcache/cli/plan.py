@@ -75,6 +75,11 @@ def show_plan(plan: "Plan") -> str:
         pairs.append(("time", f"{duration(plan.seconds)} at {rate:.3g} records/s on this machine"))
     text = fields(pairs) + "\n\n"
     text += table(["split", "samples", "views", "records", "to do", "shards", "input", "size"], rows)
+    prices = [
+        [f"{name}{' (planned)' if name in plan.level_bytes else ''}", size(each), size(each * plan.records)]
+        for name, each in plan.level_choices.items()
+    ]
+    text += "\n\n" + table(["level", "a record", "all records"], prices)
     if fp16 := plan.encodings.get("fp16"):
         costs = [
             [name, size(each), f"{fp16 / each:.1f}", size(each * plan.records)] if each else [name, "overflow", "", ""]

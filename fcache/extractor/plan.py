@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage, to_json
+from fcache.cache_spec import DataError, Group, LevelSpec, Manifest, Storage, find_encoding, open_storage, to_json
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
 from fcache.cache_spec.store import is_cache, preview
@@ -47,7 +47,8 @@ class Plan:
     """The cost of a job. Bytes are those of the features as encoded, before any lossless compression; encodings that
     are made to be compressed count half a byte a value, which they stay below.
 
-    `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
+    `level_bytes` maps a level to its bytes a training record, `level_choices` all levels that the backbone could give,
+    in the same encoding. `seconds` is the time for the pending records at the
     measured rate, None if it was not measured; then `encodings` maps each encoding to the bytes that it takes for a
     record, measured on the same batch (None where the features do not fit). `view_bytes` maps numbers of training views
     to the bytes of the training split; it is empty if all views of an image are the same one. `notes` say what a user
@@ -58,6 +59,7 @@ class Plan:
     features: str
     splits: tuple[SplitPlan, ...]
     level_bytes: Mapping[str, int]
+    level_choices: Mapping[str, int]
     free_bytes: int | None
     random_weights: str | None
     view_bytes: Mapping[int, int]
@@ -112,12 +114,17 @@ def plan_of(prepared: Prepared) -> Plan:
         cache=storage.url,
         features=manifest.features.key,
         splits=tuple(_split_plan(storage, manifest, name) for name in job.splits),
-        level_bytes={level.name: record_bytes((level,), training.encoding) for level in training.levels},
+        level_bytes=_level_bytes(training.levels, training),
+        level_choices=_level_bytes(prepared.backbone.offered_at(training.canvas), training),
         free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
         view_bytes=_view_bytes(prepared, training) if training.role == "training" else {},
         notes=tuple(note for split in prepared.splits.values() for note in split.notes),
     )
+
+
+def _level_bytes(levels: tuple[LevelSpec, ...], group: Group) -> dict[str, int]:
+    return {level.name: record_bytes((level,), group.encoding) for level in levels}
 
 
 def _view_bytes(prepared: Prepared, group: Group) -> dict[int, int]:

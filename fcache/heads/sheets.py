@@ -29,8 +29,5 @@ def contact_sheet(frames: np.ndarray, numbers: Sequence[int], classes: Sequence[
         x, y = place % columns * (size[0] + _GAP), place // columns * (size[1] + _GAP)
         sheet.paste(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), (x, y))
         draw.text((x + 3, y + 2), str(number), fill="white", font=font, stroke_width=2, stroke_fill="black")
-    colours = default_palette(len(classes))
-    lines = [
-        (colour, f"{name}  {probability:.3f}") for colour, (name, probability) in zip(colours, classes, strict=True)
-    ]
-    return with_legend(np.asarray(sheet), lines)
+    lines = [f"{name}  {probability:.3f}" for name, probability in classes]
+    return with_legend(np.asarray(sheet), list(zip(default_palette(len(lines)), lines, strict=True)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from videobuilder import write_video
 
 from fcache.extractor import Job
 from fcache.extractor.scenes import write_coco_scenes, write_scenes
@@ -26,6 +27,28 @@ def coco_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "coco"
     write_coco_scenes(root, train=8, val=5, size=(64, 80))
     return root
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 training and 3 validation clips of 30 frames of 48x64 pixels in two classes; nothing may be written there."""
+    root = tmp_path_factory.mktemp("clips") / "data"
+    names = ["train/run/a.mp4", "train/run/b.mkv", "train/run/c.avi", "train/sit/d.mp4", "train/sit/e.mp4"]
+    for name in [*names, "train/sit/f.mp4", "val/run/g.mp4", "val/sit/h.mkv", "val/sit/i.mp4"]:
+        codec = "mpeg4" if name.endswith(".avi") else "libx264"
+        write_video(root / name, codec, count=30, size=(48, 64))
+    return root
+
+
+@pytest.fixture
+def make_clip_job(clips: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A job on the clips: a small random backbone in fp32, 8 frames of 64 pixels, two views, shards of three."""
+    job = Job(
+        model="test_resnet", dataset="kinetics400", root=clips, cache=tmp_path / "cache", weights="random:0",
+        views=2, view_recipe="kinetics400-small", input_size=(64, 64), precision="fp32", shard_records=3, batch_size=2,
+        workers=0,
+    )  # fmt: skip
+    return lambda **changes: replace(job, **changes)
 
 
 @pytest.fixture

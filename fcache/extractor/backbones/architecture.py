@@ -139,6 +139,11 @@ def level_specs(model: nn.Module, size: Size, taps: Sequence[Tap]) -> tuple[Leve
     )
 
 
+def every_tap(architecture: Architecture) -> tuple[Tap, ...]:
+    """All maps in the order of computation, and the mean of the last one."""
+    return (*architecture.taps, replace(architecture.taps[-1], name=POOLED, pooled=True))
+
+
 def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tuple[Tap, ...]:
     """The taps named by `levels`: strides ("4"), level names ("level-4") or blocks ("block-5", from 0); "last" is the
     last map, "pooled" the mean of that one over its height and width.
@@ -146,9 +151,7 @@ def choose_taps(architecture: Architecture, levels: Sequence[str] | None) -> tup
     None means strides 4 to 32 of a pyramid, or the blocks at a quarter, half, three quarters and the end of a plain
     model (the ViT detection paper's four taps). Raises SpecError if a level does not exist.
     """
-    last = architecture.taps[-1]
-    pooled = replace(last, name=POOLED, pooled=True)
-    taps = {tap.name: tap for tap in (*architecture.taps, pooled)}
+    last, taps = architecture.taps[-1], {tap.name: tap for tap in every_tap(architecture)}
     if levels is None:
         if architecture.plain:
             return tuple(architecture.taps[i] for i in quarter_blocks(len(architecture.taps)))

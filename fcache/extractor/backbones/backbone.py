@@ -17,6 +17,7 @@ from fcache.extractor.backbones.architecture import (
     Tap,
     build,
     choose_taps,
+    every_tap,
     find_architecture,
     level_specs,
     run_taps,
@@ -35,7 +36,8 @@ class Backbone:
     """A frozen backbone on a device.
 
     `levels_at(canvas)` gives the levels with their true sizes for inputs of `canvas` (height, width), whose sides are
-    multiples of `size_multiple` (the model's native size is taken too); it runs no real forward. `forward(images)`
+    multiples of `size_multiple` (the model's native size is taken too); it runs no real forward, and no more does
+    `offered_at(canvas)`: the levels that the model could give. `forward(images)`
     takes normalised RGB images, float32 [B, 3, H, W] on `device`, and returns float32 [B, C, h, w] by level name: raw
     stage maps without final norm and prefix tokens, or the mean of one, [B, C]; contiguous, free of gradients. Both
     raise SpecError for a size that the model cannot take.
@@ -47,6 +49,7 @@ class Backbone:
     size_multiple: int
     device: torch.device
     levels_at: Callable[[Size], tuple[LevelSpec, ...]]
+    offered_at: Callable[[Size], tuple[LevelSpec, ...]]
     forward: Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -100,6 +103,7 @@ def load_backbone(
         size_multiple=architecture.size_multiple,
         device=device,
         levels_at=levels_at,
+        offered_at=_level_reader(architecture, every_tap(architecture)),
         forward=forward,
     )
 

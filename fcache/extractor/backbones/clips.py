@@ -6,7 +6,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from fcache.cache_spec import LevelSpec
-from fcache.extractor.backbones.architecture import Size
 from fcache.extractor.backbones.backbone import Backbone
 
 
@@ -16,21 +15,18 @@ def of_clips(backbone: Backbone, frames: int) -> Backbone:
     `forward` takes [B, T, 3, H, W]; levels have the axes of their maps behind T: [B, T, C, h, w].
     """
 
-    def levels_at(canvas: Size) -> tuple[LevelSpec, ...]:
-        return tuple(_in_time(level, frames) for level in backbone.levels_at(canvas))
-
     def forward(clips: Tensor) -> dict[str, Tensor]:
         maps = backbone.forward(clips.flatten(0, 1))
         return {name: x.unflatten(0, (-1, frames)) for name, x in maps.items()}
 
-    levels = tuple(_in_time(level, frames) for level in backbone.spec.levels)
     return replace(
         backbone,
-        spec=replace(backbone.spec, levels=levels),
-        levels_at=functools.cache(levels_at),
+        spec=replace(backbone.spec, levels=_in_time(backbone.spec.levels, frames)),
+        levels_at=functools.cache(lambda canvas: _in_time(backbone.levels_at(canvas), frames)),
+        offered_at=functools.cache(lambda canvas: _in_time(backbone.offered_at(canvas), frames)),
         forward=forward,
     )
 
 
-def _in_time(level: LevelSpec, frames: int) -> LevelSpec:
-    return replace(level, dims=f"T {level.dims}", shape=(frames, *level.shape))
+def _in_time(levels: tuple[LevelSpec, ...], frames: int) -> tuple[LevelSpec, ...]:
+    return tuple(replace(level, dims=f"T {level.dims}", shape=(frames, *level.shape)) for level in levels)
