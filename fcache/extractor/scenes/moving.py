@@ -8,7 +8,7 @@ frame of a clip is as likely under one class as under any other, and a clip seen
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from fcache.cache_spec.errors import SpecError
 from fcache.extractor.scenes.avi import avi_bytes
 from fcache.extractor.scenes.files import new_scenes
-from fcache.extractor.scenes.scene import Surface, generator, random_surface
+from fcache.extractor.scenes.scene import Colour, Surface, generator, random_surface
 from fcache.extractor.scenes.texture import mix, noise
 
 # What of the figure a motion changes, and which way.
@@ -34,7 +34,7 @@ MOTIONS = {
 # Frames of one way round, from the fastest clips to the slowest; frames a second.
 _ROUND, _RATE = (13.0, 18.0), 10
 # The figure's radius in shares of the picture's shorter side; growing past the end it begins anew.
-_RADIUS = (0.12, 0.36)
+_RADIUS = (0.15, 0.38)
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,23 @@ def make_moving_scene(seed: int, index: int, motion: str, *, size: tuple[int, in
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(random.random())
 
-    ground, figure = random_surface(between), random_surface(between)
+    # Any hues: the ground is of middle brightness, of the figure one half is dark and the other one bright.
+    ground = _toned(random_surface(between), (0.3, 0.7), (0.3, 0.7))
+    figure = _toned(random_surface(between), (0.0, 0.4), (0.6, 1.0))
     phases = {name: between(0, 1) for name in ("x", "y", "angle", "size")}
     changed, way = MOTIONS[motion]
     return MovingScene(size, ground, figure, phases, {changed: way / between(*_ROUND)})
+
+
+def _toned(surface: Surface, *ranges: tuple[float, float]) -> Surface:
+    """A surface whose colours, of 0..1, are brought into a range each."""
+
+    def toned(colour: Colour, low: float, high: float) -> Colour:
+        red, green, blue = (low + (high - low) * c for c in colour)
+        return red, green, blue
+
+    first, second = (toned(c, *r) for c, r in zip(surface.colours, ranges, strict=True))
+    return replace(surface, colours=(first, second))
 
 
 def render_frames(scene: MovingScene, count: int) -> Iterator[np.ndarray]:
@@ -75,7 +88,7 @@ def render_frames(scene: MovingScene, count: int) -> Iterator[np.ndarray]:
         down = ((rows - at["y"] * height + height / 2) % height - height / 2) / radius
         c, s = math.cos(2 * math.pi * at["angle"]), math.sin(2 * math.pi * at["angle"])
         p, q = c * right + s * down, c * down - s * right
-        # A disc of two halves, which is never the same when turned.
+        # A disc of two halves: never the same when turned.
         halves = np.clip(0.5 + p * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
         cover = np.clip(0.5 - (np.sqrt(p * p + q * q) - 1) * radius, 0, 1)[..., None]
         image = ground * (1 - cover) + mix(scene.figure, halves) * cover
