@@ -365,9 +365,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 2 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 5 on a GPU, 3 on a CPU")
-    parser.add_argument(
-        "--input-size", type=int, metavar="SIDE", help="default: 256 on a CPU, 512 or (coco) 1024 on a GPU"
-    )
+    parser.add_argument("--input-size", type=int, metavar="SIDE", help="default: 256; on a GPU 512, coco 1024")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     given = {name: value for name in ("batch", "rounds", "precision") if (value := getattr(args, name)) is not None}
