@@ -151,7 +151,7 @@ def devices() -> Iterator[Check]:
 
 
 def disks(path: Path) -> Iterator[Check]:
-    """Free space for caches, and shared memory for the decoding workers."""
+    """Free space for caches, and whether they can be written."""
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -60,10 +60,21 @@ OPTIONS = (
     ),
     click.option("--limit", type=int, help="Only the first samples of each split.", metavar="N"),
     click.option("--shard-records", type=int, help="Records of a shard, for a new cache.", metavar="N"),
-    click.option("--batch-size", type=int, help="Images in one forward pass, for a new cache.", metavar="N"),
+    click.option(
+        "--batch-size",
+        type=int,
+        help="Images in one forward pass, for a new cache; by default measured on a GPU, by their bytes on the CPU.",
+        metavar="N",
+    ),
     click.option("--seed", type=int, help="Seed of the views [0].", metavar="N"),
-    click.option("--device", help="cpu, cuda, cuda:1, mps; by default the first GPU, else the CPU.", metavar="NAME"),
-    click.option("--workers", type=int, help="Decoding processes; 0 decodes in this one.", metavar="N"),
+    click.option(
+        "--devices",
+        "--device",
+        "devices",
+        help="One process each: '0,1,2,3' are GPUs; cpu, cuda:1, mps; by default the first GPU, else the CPU.",
+        metavar="LIST",
+    ),
+    click.option("--workers", type=int, help="Decoding processes of each; 0 decodes in the same one.", metavar="N"),
     click.option("--part", help="Take every n-th shard from the i-th on (0 <= i < n).", metavar="i/n"),
     click.option("--on-error", help="A sample that cannot be decoded: quarantine [default] or fail.", metavar="WHAT"),
 )
@@ -91,7 +102,7 @@ def parse_job(options: Mapping[str, Any]) -> "Job":
     Raises SpecError for values of a wrong form and unknown settings in the recipe.
     """
     from fcache.cache_spec import SpecError, parse_fraction
-    from fcache.extractor import Job
+    from fcache.extractor import Job, parse_devices
 
     given = recipe_settings(options["recipe"]) if options["recipe"] else {}
     given |= {name: value for name, value in options.items() if value is not None and name != "recipe"}
@@ -99,7 +110,8 @@ def parse_job(options: Mapping[str, Any]) -> "Job":
     root = data_root(dataset, given.pop("data_root", None))
     cache = given.pop("cache", None) or f"{dataset}-{model.replace('/', '_')}.fcache"
     parsed: dict[str, Any] = {"root": root, "cache": cache, "weights": given.pop("weights", "pretrained")}
-    parsed["device"] = given.pop("device", None) or best_device()
+    devices = given.pop("devices", None)
+    parsed["device"] = parse_devices(devices)[0] if devices else best_device()
     if (split := given.pop("split", None)) is not None:
         parsed["splits"] = words(split)
     if (levels := given.pop("levels", None)) is not None:

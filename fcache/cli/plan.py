@@ -18,6 +18,7 @@ NO_SPACE = 6
 Examples:
   fcache plan --model swinv2-t --dataset ade20k --data-root ADEChallengeData2016 --views 4
   fcache plan --model swinv2-b --dataset ade20k --levels 16,32 --encoding fp16 --json
+  fcache plan --model swinv2-g --dataset ade20k --num-devices 8 --price-per-hour 2.50
 
 \b
 Exit status: 6 if the cache would not fit on its disk.
@@ -25,25 +26,43 @@ Exit status: 6 if the cache would not fit on its disk.
 )
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.option("--no-time", is_flag=True, help="Skip the timed batch: sizes only.")
-def command(as_json: bool, no_time: bool, **options: Any) -> int:
-    """Say what an extraction costs: records, bytes, files, time and free space. Writes nothing."""
+@click.option("--no-time", is_flag=True, help="Skip the timed batch and the measurement of the disk: sizes only.")
+@click.option(
+    "--num-devices",
+    type=click.IntRange(min=1),
+    help="Plan for so many devices like the one here; by default as many as --devices names.",
+    metavar="N",
+)
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="What one device costs an hour.", metavar="PRICE")
+def command(as_json: bool, no_time: bool, num_devices: int | None, price_per_hour: float | None, **options: Any) -> int:
+    """Say what an extraction costs: records, bytes, files, time, money and free space, and from when on it pays.
+
+    Writes nothing into a cache: one batch is timed, and the disk with a file that is removed at once.
+    """
     from dataclasses import asdict
 
-    from fcache.extractor import plan
+    from fcache.extractor import parse_devices, plan
 
-    found = plan(parse_job(options), measure=not no_time)
+    devices = num_devices or (len(parse_devices(options["devices"])) if options["devices"] else 1)
+    found = plan(parse_job(options), measure=not no_time, devices=devices)
     if as_json:
-        totals = {"records": found.records, "pending_records": found.pending_records, "bytes": found.bytes}
-        totals |= {"pending_bytes": found.pending_bytes, "fits": found.fits}
+        totals: dict[str, Any] = {"records": found.records, "bytes": found.bytes, "fits": found.fits}
+        totals |= {"pending_records": found.pending_records, "pending_bytes": found.pending_bytes}
+        if price_per_hour is not None:
+            totals["price"] = price(found, price_per_hour)
         click.echo(json.dumps(asdict(found) | totals, indent=2, default=str))
     else:
-        click.echo(show_plan(found))
+        click.echo(show_plan(found, price_per_hour))
     return 0 if found.fits else NO_SPACE
 
 
-def show_plan(plan: "Plan") -> str:
-    """A plan in words and a table of its splits."""
+def price(plan: "Plan", per_hour: float) -> float | None:
+    """What the devices of an extraction cost, None if its time was not measured."""
+    return None if plan.costs is None else plan.costs.extraction / 3600 * plan.devices * per_hour
+
+
+def show_plan(plan: "Plan", per_hour: float | None = None) -> str:
+    """A plan in words and a table of its splits; `per_hour` is the price of one device."""
     from fcache.cli.progress import duration, size
     from fcache.cli.tables import fields, table
 
@@ -69,9 +88,15 @@ def show_plan(plan: "Plan") -> str:
     ]
     if plan.random_weights:
         pairs.append(("weights", f"RANDOM ({plan.random_weights}): heads trained on them say little"))
-    if plan.seconds is not None:
-        rate = plan.pending_records / plan.seconds if plan.seconds else 0.0
-        pairs.append(("time", f"{duration(plan.seconds)} at {rate:.3g} records/s on this machine"))
+    if plan.costs is not None:
+        rate = plan.pending_records / plan.costs.extraction
+        on = "on this device" if plan.devices == 1 else f"on {plan.devices} devices like this one"
+        limit = f"{plan.costs.limit} sets the pace"
+        pairs.append(("time", f"{duration(plan.costs.extraction)} at {rate:.3g} records/s {on}; {limit}"))
+    if per_hour is not None and (paid := price(plan, per_hour)) is not None:
+        pairs.append(("price", f"{paid:.2f} for {plan.devices} x {per_hour:g} an hour"))
+    if pays := break_even(plan):
+        pairs.append(("break-even", pays))
     text = fields(pairs) + "\n\n"
     text += table(["split", "samples", "views", "records", "to do", "shards", "input", "size"], rows)
     if fp16 := plan.encodings.get("fp16"):
@@ -87,8 +112,38 @@ def show_plan(plan: "Plan") -> str:
             for count, total in plan.view_bytes.items()
         ]
         text += "\n\n" + table(["training views", "features"], counts)
-        text += "\nOn CamVid, in 30 epochs, heads scored best with 4 or 8 views; one view cost 3 to 5 points of mIoU."
+        if "semantic" in plan.targets:
+            text += (
+                "\nOn CamVid, in 30 epochs, heads scored best with 4 or 8 views; one view cost 3 to 5 points of mIoU."
+            )
     return text if plan.fits else text + "\n\nIt does not fit: fewer --levels, --views or samples (--subset)."
+
+
+def break_even(plan: "Plan") -> str:
+    """From when on the cache pays, in words; "" if that was not measured."""
+    from fcache.cli.progress import duration
+
+    if plan.costs is None or plan.costs.live_pass == 0:
+        return ""
+    found = plan.costs
+    live = f"one pass over the training samples takes {_seconds(found.live_pass)} with the backbone"
+    if found.cached_pass is None:
+        return f"not known, as the disk was not measured; {live}"
+    read = f"{_seconds(found.cached_pass)} from this disk"
+    if found.passes is None:
+        return (
+            f"never here: {live}, {read}; cache fewer --levels, in a smaller --encoding or on a faster disk, or train "
+            "with the backbone"
+        )
+    saved = 100 * (found.live_pass - found.cached_pass) - found.extraction
+    more = f"; 100 passes end {duration(saved)} sooner" if saved > 0 else ""
+    return f"from {found.passes} passes on (heads trained one by one x epochs): {live}, {read}{more}"
+
+
+def _seconds(seconds: float) -> str:
+    from fcache.cli.progress import duration
+
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _canvases(sizes: tuple[tuple[int, int], ...]) -> str:

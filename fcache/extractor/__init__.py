@@ -2,15 +2,19 @@
 
 from fcache.extractor.datasets import dataset_names as dataset_names
 from fcache.extractor.datasets import find_dataset as find_dataset
+from fcache.extractor.devices import parse_devices as parse_devices
 from fcache.extractor.engine import ExtractResult as ExtractResult
-from fcache.extractor.engine import Stopped as Stopped
 from fcache.extractor.engine import extract as extract
+from fcache.extractor.engines.processes import on_devices as on_devices
 from fcache.extractor.events import Event as Event
 from fcache.extractor.events import ExtractionStarted as ExtractionStarted
 from fcache.extractor.events import RecordsDone as RecordsDone
 from fcache.extractor.events import SampleQuarantined as SampleQuarantined
 from fcache.extractor.events import ShardCommitted as ShardCommitted
+from fcache.extractor.events import TimeSpent as TimeSpent
 from fcache.extractor.events import WaitingForOthers as WaitingForOthers
+from fcache.extractor.events import WaitingForWorkers as WaitingForWorkers
+from fcache.extractor.events import WorkerLost as WorkerLost
 from fcache.extractor.job import Job as Job
 from fcache.extractor.live import LiveSource as LiveSource
 from fcache.extractor.live import open_live as open_live
@@ -24,6 +28,7 @@ from fcache.extractor.photos import SeenPhotos as SeenPhotos
 from fcache.extractor.photos import Unreadable as Unreadable
 from fcache.extractor.photos import find_photos as find_photos
 from fcache.extractor.photos import open_photos as open_photos
+from fcache.extractor.pipeline import Stopped as Stopped
 from fcache.extractor.plan import Plan as Plan
 from fcache.extractor.plan import SplitPlan as SplitPlan
 from fcache.extractor.plan import plan as plan

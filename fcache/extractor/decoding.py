@@ -1,23 +1,27 @@
 """Decoding: requests in, views with targets out, in worker processes or in this one."""
 
-import os
-import threading
+import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import cycle
+from multiprocessing.connection import Connection
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from fcache.cache_spec import DataError, View
-from fcache.cache_spec.storage.files import process_alive
+from fcache.extractor.children import child_context, pipe_of
 from fcache.extractor.datasets import DatasetSplit, RawSample, Sample
 from fcache.extractor.views import cut_view
 
 ATTEMPTS = 3
+# Records that each decoding process may be ahead: enough to even out large and small photos.
+RECORDS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -88,50 +92,99 @@ def load_sample(split: DatasetSplit, sample: Sample) -> RawSample:
     return split.load(split.root, sample)
 
 
-def decode(decoder: Decoder, requests: Iterable[Request], *, workers: int) -> Iterator[Decoded]:
-    """The records of `requests` in order; `requests` is drawn from lazily, a few records ahead.
+class Decoders:
+    """Decoding processes: started when records are first asked for, kept until `close`. Use as a context manager.
 
-    With `workers` above 0 that many processes decode. Results travel as plain arrays through pipes: shared memory is
+    With a `count` of 0 records are made in the calling thread. Each process has its own pipe, so that the death of one
+    is seen at once, in the midst of a record too. Records travel as plain arrays through these pipes: shared memory is
     often small where extractions run.
     """
-    if workers == 0:
-        yield from (decoder[r] for r in requests)
-        return
-    loader: DataLoader[Decoded] = DataLoader(
-        decoder,  # type: ignore[arg-type]
-        sampler=requests,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="forkserver",
-        worker_init_fn=partial(_begin, os.getpid()),
-        collate_fn=_as_is,  # type: ignore[arg-type]
-        prefetch_factor=4,
-    )
+
+    def __init__(self, decoder: Decoder, count: int) -> None:
+        self._decoder, self._count = decoder, count
+        self._started: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> "Decoders":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def stream(self, requests: Iterable[Request]) -> Generator[Decoded]:
+        """The records of `requests` in order; `requests` is drawn from lazily, a few records ahead.
+
+        One stream at a time. Close one that is not exhausted: its records are dropped with the processes. Raises
+        DataError if a process dies.
+        """
+        if self._count == 0:
+            yield from (self._decoder[r] for r in requests)
+            return
+        if not self._started:
+            self._started = [self._start() for _ in range(self._count)]
+        waiting: deque[tuple[Any, Connection]] = deque()
+        try:
+            for one, request in zip(cycle(self._started), requests, strict=False):
+                _send(one, request)
+                waiting.append(one)
+                if len(waiting) >= RECORDS_AHEAD * self._count:
+                    yield _receive(waiting.popleft())
+            while waiting:
+                yield _receive(waiting.popleft())
+        finally:
+            if waiting:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the processes; they hold nothing that could be lost."""
+        for process, pipe in self._started:
+            process.kill()
+            pipe.close()
+        for process, _ in self._started:
+            process.join()
+        self._started = []
+
+    def _start(self) -> tuple[Any, Connection]:
+        context = child_context()
+        ours, theirs = pipe_of(context)
+        process = context.Process(target=_serve, args=(self._decoder, theirs), name="fcache-decoder", daemon=True)
+        try:
+            process.start()
+        except AssertionError as e:
+            raise DataError(
+                "decoding processes cannot be started from a daemon process; say --workers 0, or start dask's workers "
+                "with DASK_DISTRIBUTED__WORKER__DAEMON=False"
+            ) from e
+        theirs.close()
+        return process, ours
+
+
+def _send(one: tuple[Any, Connection], request: Request) -> None:
     try:
-        yield from loader
-    except RuntimeError as e:
-        if "exited unexpectedly" not in str(e):
-            raise
-        raise DataError(
-            f"a decoding process died ({e}), perhaps for lack of memory; use fewer --workers and run the same command "
-            "again, it continues"
-        ) from e
+        one[1].send(request)
+    except OSError as e:
+        raise _died(one) from e
 
 
-def _as_is(decoded: Decoded) -> Decoded:
-    return decoded
+def _receive(one: tuple[Any, Connection]) -> Decoded:
+    try:
+        return one[1].recv()
+    except (EOFError, OSError) as e:
+        raise _died(one) from e
 
 
-def _begin(extractor: int, worker: int) -> None:
-    """Starts a decoding process: it has one thread, and ends when the extraction was killed.
+def _died(one: tuple[Any, Connection]) -> DataError:
+    one[0].join(5.0)
+    return DataError(
+        f"a decoding process died (exit status {one[0].exitcode}), perhaps for lack of memory; use fewer --workers and "
+        "run the same command again, it continues"
+    )
 
-    Its parent is the fork server, which lives as long as a decoding process does: neither would ever end.
-    """
+
+def _serve(decoder: Decoder, pipe: Connection) -> None:
+    """Makes records until nobody asks any more: the pipe ends with the extraction, however that ended."""
+    # Ctrl-C reaches every process of a terminal: the extraction decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-    def watch() -> None:
-        while process_alive(extractor):
-            time.sleep(2.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="fcache-watch", daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(decoder[pipe.recv()])

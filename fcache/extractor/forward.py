@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fcache.extractor.backbones import Backbone
+from fcache.extractor.transfer import to_device
 
 
 def normalised(images: Sequence[Tensor], canvas: tuple[int, int], backbone: Backbone) -> Tensor:
@@ -18,7 +19,7 @@ def normalised(images: Sequence[Tensor], canvas: tuple[int, int], backbone: Back
     std = torch.tensor(backbone.spec.std, device=device).view(3, 1, 1)
     batch = torch.zeros(len(images), 3, *canvas, device=device)
     for out, image in zip(batch, images, strict=True):
-        pixels = image.to(device, non_blocking=True).float() / 255.0
+        pixels = to_device(image, device).float() / 255.0
         h, w = image.shape[-2:]
         out[:, :h, :w] = (pixels - mean) / std
     return batch

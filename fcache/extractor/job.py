@@ -70,14 +70,14 @@ class Job:
         """The more exact of int8 and the training encoding: coded test features understate a head."""
         return self.encoding if self.encoding in ("fp32", "bf16", "fp16", "int8") else "int8"
 
-    @property
-    def decoders(self) -> int:
-        """Decoding processes; 0 decodes in this process."""
+    def decoders(self, devices: int = 1) -> int:
+        """Decoding processes of each of so many devices of this machine; 0 decodes in the device's own process."""
         if self.workers is not None:
             return self.workers
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        each = max(1, processors // devices)
         # On the CPU the backbone needs the processors more than the decoders do.
-        return min(16, processors) if self.device.startswith("cuda") else max(0, min(4, processors - 2))
+        return min(16, each) if self.device.startswith("cuda") else max(0, min(4, each - 2))
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 from fcache.cache_spec import DataError, Group, Manifest, Storage, find_encoding, open_storage, to_json
 from fcache.cache_spec.commits import read_commits
 from fcache.cache_spec.layout import FEATURES, record_bytes
+from fcache.cache_spec.storage.local import LocalStorage
 from fcache.cache_spec.store import is_cache, preview
+from fcache.extractor.batching import with_batches
+from fcache.extractor.costs import Costs, Rates, Work, costs, disk_rates
 from fcache.extractor.decoding import Request
 from fcache.extractor.encode import LevelFacts, encode_batch, tables_on
 from fcache.extractor.encoding_costs import encoding_costs
@@ -47,10 +50,10 @@ class Plan:
     """The cost of a job. Bytes are those of the features as encoded, before any lossless compression; encodings that
     are made to be compressed count half a byte a value, which they stay below.
 
-    `level_bytes` maps a level to its bytes a training record. `seconds` is the time for the pending records at the
-    measured rate, None if it was not measured; then `encodings` maps each encoding to the bytes that it takes for a
-    record, measured on the same batch (None where the features do not fit). `view_bytes` maps numbers of training views
-    to the bytes of the training split; it is empty if all views of an image are the same one.
+    `level_bytes` maps a level to its bytes a training record. `view_bytes` maps numbers of training views to the bytes
+    of the training split; it is empty if all views of an image are the same one. `targets` are the kinds of annotation,
+    `devices` how many of them work. If something was measured, `rates` and `costs` are there, and `encodings` maps each
+    encoding to the bytes that it takes for a record (None where the features of the batch do not fit).
     """
 
     cache: str
@@ -60,7 +63,10 @@ class Plan:
     free_bytes: int | None
     random_weights: str | None
     view_bytes: Mapping[int, int]
-    seconds: float | None = None
+    targets: tuple[str, ...]
+    devices: int = 1
+    rates: Rates | None = None
+    costs: Costs | None = None
     encodings: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -90,14 +96,27 @@ class Plan:
         return self.free_bytes is None or needed <= self.free_bytes
 
 
-def plan(job: Job, *, measure: bool = True) -> Plan:
-    """The plan of a job; with `measure` one batch is decoded and run, twice, to estimate the time."""
-    prepared = prepare(job)
-    found = plan_of(prepared)
+def plan(job: Job, *, measure: bool = True, devices: int = 1) -> Plan:
+    """The plan of a job on so many devices like its own.
+
+    With `measure` one batch is decoded and run, twice, and a temporary file is written beside the cache, to estimate
+    the time and from when on the cache pays.
+    """
+    prepared = with_batches(prepare(job))
+    found = replace(plan_of(prepared), devices=devices)
     if not measure or found.pending_records == 0:
         return found
-    each, encodings = _measured(prepared)
-    return replace(found, seconds=each * found.pending_records, encodings=encodings)
+    rates, encodings = _measured(prepared)
+    training = [g for g in prepared.wanted.groups if g.role == "training"]
+    work = Work(
+        records=found.pending_records,
+        bytes=found.pending_bytes,
+        pass_records=sum(len(g.ids) for g in training),
+        pass_bytes=sum(len(g.ids) * record_bytes(g.levels, g.encoding) for g in training),
+        decoders=job.decoders(devices),
+        devices=devices,
+    )
+    return replace(found, rates=rates, costs=costs(rates, work), encodings=encodings)
 
 
 def plan_of(prepared: Prepared) -> Plan:
@@ -114,6 +133,7 @@ def plan_of(prepared: Prepared) -> Plan:
         free_bytes=storage.free_bytes(),
         random_weights=manifest.random_weights,
         view_bytes=_view_bytes(prepared, training) if training.role == "training" else {},
+        targets=tuple(t.kind for t in manifest.targets),
     )
 
 
@@ -146,11 +166,8 @@ def _split_plan(storage: Storage, manifest: Manifest, name: str) -> SplitPlan:
     )
 
 
-def _measured(prepared: Prepared) -> tuple[float, dict[str, float | None]]:
-    """Seconds a record, and bytes a record in each encoding, of one batch.
-
-    The seconds are those of decoding, backbone and encoding after a warm-up; decoding processes share the decoding.
-    """
+def _measured(prepared: Prepared) -> tuple[Rates, dict[str, float | None]]:
+    """The rates of one batch after a warm-up and of the cache's disk, and bytes a record in each encoding."""
     group = max(prepared.wanted.groups, key=lambda g: len(g.ids) * g.views)
     decoder = prepared.decoder
     positions = prepared.positions[group.split]
@@ -170,9 +187,11 @@ def _measured(prepared: Prepared) -> tuple[float, dict[str, float | None]]:
         features = features_of(images, group.canvas, prepared.backbone)
         encode_batch(features, group, ids, LevelFacts(), tables=tables)
         computing = time.perf_counter() - started
-    workers = prepared.job.decoders
-    total = decoding + computing if workers == 0 else max(decoding / workers, computing)
-    return total / len(decoded), encoding_costs(_on_host(features), group.levels)
+    storage = open_storage(prepared.job.cache)
+    disk = disk_rates(storage.root) if isinstance(storage, LocalStorage) else None
+    writing, reading = disk or (None, None)
+    rates = Rates(decoding / len(requests), computing / len(decoded), writing, reading)
+    return rates, encoding_costs(_on_host(features), group.levels)
 
 
 def fitted_to(features: Mapping[str, Tensor], group: Group) -> dict[str, Mapping[str, np.ndarray]]:

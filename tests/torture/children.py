@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fcache.extractor", "fcache.heads", "fcache.cli.app", "tests.torture.children"])
+CONTEXT.set_forkserver_preload(
+    ["fcache.extractor", "fcache.heads", "fcache.cli.app", "distributed", "tests.torture.children"]
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python that change the file system: which of their arguments are paths, which are folder descriptors.
 CHANGES = {
@@ -64,6 +67,27 @@ def _call(send: Any, seconds: float, function: Callable[..., Any], *args: Any) -
     except BaseException:
         send.send((None, traceback.format_exc(limit=-30)))
         os._exit(1)
+
+
+def group_is_gone(group: int, *, seconds: float) -> bool:
+    """Whether no process of a process group works any more, after a while."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(of == group and state != "Z" for state, of in _processes()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _processes() -> Iterator[tuple[str, int]]:
+    """State and group of every process. What ended is there as "Z" until the system's first process, whose child it
+    became, asks for it: some do so after a minute only.
+    """
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name before it may hold spaces and brackets.
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            yield state, int(group)
 
 
 def limit_memory(more: int) -> None:

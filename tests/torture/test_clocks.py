@@ -17,7 +17,7 @@ import torch
 from cachebuilder import group, manifest, write_pending, write_shard
 
 from fcache.cache_spec import CacheWriter, open_writer, verify
-from fcache.extractor import engine, extract
+from fcache.extractor import extract, extraction
 from tests.torture.caches import contents
 from tests.torture.children import CONTEXT, run_child
 
@@ -35,11 +35,11 @@ def extract_at(job, seconds, jumping, claims):
     torch.set_num_threads(1)
     shift_clock(seconds, jumping)
     if claims:
-        short_claims(*claims)
+        short_claims(claims)
     extract(job, report=lambda _: time.sleep(0.01))
 
 
-def short_claims(stale, heartbeat):
+def short_claims(stale):
     """Claims of this process last a moment instead of minutes."""
     begin = CacheWriter.__init__
 
@@ -48,8 +48,7 @@ def short_claims(stale, heartbeat):
         self.claims.stale_seconds = stale
 
     CacheWriter.__init__ = begun
-    engine.HEARTBEAT_SECONDS = heartbeat
-    engine.POLL_SECONDS = 0.2
+    extraction.POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -103,7 +102,7 @@ def test_an_extractor_that_sleeps_longer_than_its_claim_lasts_wakes_up_harmlessl
     choose, counts = random.Random(9), Counter()
     for number in range(rounds(1, 15)):
         shared = replace(job, cache=folder / f"c{number}")
-        sleeper = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, (0.6, 0.1)))
+        sleeper = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, 0.6))
         sleeper.start()
         wait_for = choose.randrange(1, 8)
         deadline = time.monotonic() + 120
@@ -115,7 +114,7 @@ def test_an_extractor_that_sleeps_longer_than_its_claim_lasts_wakes_up_harmlessl
             os.kill(sleeper.pid, signal.SIGSTOP)
         asleep = sleeper.is_alive()
         held = len(list(shared.cache.glob("claims/*/*")))
-        other = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, (0.6, 0.1)))
+        other = CONTEXT.Process(target=extract_at, args=(shared, 0.0, False, 0.6))
         other.start()
         other.join(300)
         assert other.exitcode == 0

@@ -6,8 +6,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -20,7 +19,7 @@ from fcache.cache_spec import FcacheError, open_cache, verify
 from fcache.extractor import Job, extract
 from fcache.extractor.scenes import write_scenes
 from tests.torture.caches import contents
-from tests.torture.children import CONTEXT, run_child
+from tests.torture.children import CONTEXT, group_is_gone, run_child
 
 # A little slower than real, so that kills fall into every phase of a shard.
 PAUSE = 0.004
@@ -95,7 +94,7 @@ def _run_and_kill(job: Job, *, extractors: int, seconds: float, choose: random.R
     _kill(process)
     process.join()
     assert killed or process.exitcode == 0
-    assert _group_is_gone(process.pid, seconds=60)
+    assert group_is_gone(process.pid, seconds=60)
     return killed
 
 
@@ -105,26 +104,6 @@ def _kill(process: Any) -> None:
     except ProcessLookupError:
         # It has ended, or is not yet the first of its group.
         process.kill()
-
-
-def _group_is_gone(group: int, *, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(of == group and state != "Z" for state, of in _processes()):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _processes() -> Iterator[tuple[str, int]]:
-    """State and group of every process. What ended is there as "Z" until the system's first process, whose child it
-    became, asks for it: some do so after a minute only.
-    """
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            # The name before it may hold spaces and brackets.
-            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
-            yield state, int(group)
 
 
 def _commits(root: Path) -> dict[Path, int]:
@@ -200,7 +179,7 @@ def test_an_extraction_with_decoding_processes_is_killed_with_and_without_them(
             # Decoders that nobody asks any more end by themselves.
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert _group_is_gone(process.pid, seconds=60), "decoding processes outlive their extractor"
+        assert group_is_gone(process.pid, seconds=60), "decoding processes outlive their extractor"
         counts["whole group" if whole_group else "extractor only"] += alive
         _nothing_half_written_opens(job.cache)
         extract(replace(job, workers=0), report=lambda _: None)
