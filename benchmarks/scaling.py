@@ -153,7 +153,7 @@ def claiming_costs(job: Job, work: Path) -> dict[str, float]:
         # As long as a look at as many commits.
         look = median_of(lambda: _Look(extraction.writer).again())
         each = record_bytes(extraction.writer.manifest.groups[0].levels, job.encoding)
-    writing, _ = disk_rates(work) or (0.0, 0.0)
+    writing, _ = disk_rates(work) or (float("inf"), 0.0)
     count = len(names)
     found = {
         "claim": claim / count,
@@ -189,35 +189,37 @@ class Service:
 def simulate(devices: int, shards: int, service: Service, *, looks: bool = True) -> dict[str, float]:
     """What becomes of the time of all devices. Events are processed in the order of their times.
 
-    A process walks through the list of shards. One that is free it claims and computes; the disk writes one shard
-    after another, and a process waits if more than one of its own is not written yet. One that is not free costs a
-    claim in vain, after which a look tells which others to pass over (`looks`).
+    A process takes one of the next free shards of its list, claims and computes it; the disk writes one shard after
+    another, and a process waits if more than one of its own is not written yet. One that is not free costs a claim in
+    vain, after which a look leaves in the list what is free. Without `looks` every shard is asked for, in order.
     """
     draw = random.Random(0)
-    free_from = [0] * devices  # the place in the list where each process is
-    state = [0] * shards  # 0 free, 1 claimed by somebody
-    known = [bytearray(shards) for _ in range(devices)]
+    taken = bytearray(shards)
+    free = [list(range(shards)) for _ in range(devices)]
+    window = [1] * devices
+    computing: set[int] = set()
     unwritten: list[list[float]] = [[] for _ in range(devices)]
     disk, ends, claiming, waiting = 0.0, [0.0] * devices, 0.0, 0.0
     events = [(draw.random() * 1e-3, d) for d in range(devices)]
     heapq.heapify(events)
     while events:
         now, d = heapq.heappop(events)
-        while free_from[d] < shards and known[d][free_from[d]]:
-            free_from[d] += 1
-        if free_from[d] == shards:
+        computing.discard(d)
+        if not free[d]:
             ends[d] = max([now, *unwritten[d]])
             continue
-        place, free_from[d] = free_from[d], free_from[d] + 1
-        if state[place]:
+        place = free[d].pop(draw.randrange(min(window[d], len(free[d]))))
+        if taken[place]:
             spent = service.vain
             if looks:
-                known[d] = bytearray(state)
+                free[d] = [p for p in free[d] if not taken[p]]
+                window[d] = len(computing) + 1
                 spent += service.look
             claiming += spent
             heapq.heappush(events, (now + spent, d))
             continue
-        state[place] = 1
+        taken[place] = 1
+        computing.add(d)
         claiming += service.claim
         done = now + service.claim + service.compute * draw.gauss(1, service.spread)
         # At most one commit may be under way while the next shard is computed.

@@ -1,5 +1,6 @@
 """The list of work: which shards and parts of a cache are still to do, and claiming them."""
 
+import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from fcache.extractor.job import Job
 from fcache.extractor.prepare import Prepared
 
 # A look at all claims and commits comes at most after so many times as long as it took.
-LOOK_SHARE = 50
+LOOK_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,28 @@ def _requests(writer: CacheWriter, prepared: Prepared, shard: Shard) -> tuple[Re
 def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
     """The tasks that this process could claim, claimed as they are asked for, without the parts done by then.
 
-    Where many processes share a cache, most shards of the list are another's by now: after one that is, a look at all
-    claims and commits takes the place of a question for each. What others held then is asked for at the end, one by
-    one, as its holder may be dead.
+    In order, as long as no other process is met. Where many share a cache, a look at all claims and commits takes the
+    place of a question for each shard of the others, and each process takes one of the next free shards at random, so
+    that they do not all ask for the same one. What others held is asked for at the end: its holder may be dead.
     """
-    look, later = _Look(writer), list[Task]()
-    for task in tasks:
-        place = (task.shard.group, task.shard.index)
-        if place in look.held:
-            later.append(task)
-        elif not all((*place, part) in look.done for part in task.parts):
-            if found := _claim(writer, task):
-                yield found
-            else:
-                look.again()
+    free, later, look = list(tasks), list[Task](), _Look(writer)
+    choose = random.Random(writer.claims.token)
+    while free:
+        task = free.pop(choose.randrange(min(len(free), len(look.held) + 1)))
+        if found := _claim(writer, task):
+            yield found
+            continue
+        later.append(task)
+        if look.again():
+            later = [t for t in (*later, *free) if _place(t) in look.held]
+            free = [t for t in free if _place(t) not in look.held and not look.at_end(t)]
     for task in later:
         if found := _claim(writer, task):
             yield found
+
+
+def _place(task: Task) -> tuple[str, int]:
+    return task.shard.group, task.shard.index
 
 
 def _claim(writer: CacheWriter, task: Task) -> Task | None:
@@ -114,11 +120,15 @@ class _Look:
         self.held: set[tuple[str, int]] = set()
         self.done: set[tuple[str, int, str]] = set()
 
-    def again(self) -> None:
-        """Looks, unless that would take a notable share of the time."""
+    def at_end(self, task: Task) -> bool:
+        """Whether nothing is left to do of a task."""
+        return all((*_place(task), part) in self.done for part in task.parts)
+
+    def again(self) -> bool:
+        """Looks, unless that would take a notable share of the time; says whether it did."""
         started = time.monotonic()
         if started < self._next:
-            return
+            return False
         manifest, names = self._writer.manifest, self._writer.storage.names
         self.held, self.done = set(), set()
         for group in manifest.groups:
@@ -128,6 +138,7 @@ class _Look:
                 self.done |= {(group.path, i, part) for i in _numbers(names(folder))}
         now = time.monotonic()
         self._next = now + LOOK_SHARE * (now - started)
+        return True
 
 
 def _numbers(names: Iterable[str]) -> Iterator[int]:

@@ -61,4 +61,4 @@ def test_the_batch_of_a_group_is_chosen_once(make_job: Callable[..., Job], monke
     assert batches() == {"train": 6}
     monkeypatch.setattr("fcache.extractor.batching.LARGEST_CPU_BATCH", 2)
     extract(make_job(batch_size=None, shard_records=6, views=1, limit=4), report=lambda _: None)
-    assert batches() == {"train": 6, "val/64x64": 2}
+    assert batches() == {"train": 6, "val/64x96": 2}

@@ -45,8 +45,8 @@ class OnWorker(WorkerPlugin):
         with self._lock:
             if self._extraction is None:
                 for other in list(self._worker.plugins.values()):
-                    if isinstance(other, OnWorker) and other is not self and not other._busy:
-                        other.close()
+                    if isinstance(other, OnWorker) and other is not self:
+                        other.make_room()
                 device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
                 if device == "cpu":
                     torch.set_num_threads(self._worker.state.nthreads)
@@ -60,6 +60,16 @@ class OnWorker(WorkerPlugin):
             self._busy -= 1
             if self.stop.is_set() and not self._busy:
                 self.close()
+
+    def make_room(self) -> None:
+        """Closes the job if no task of it runs: what its client left behind must not keep a device's memory."""
+        # Never waited for: two jobs may want each other's room.
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._busy:
+                    self.close()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Gives back what the job holds."""
