@@ -145,7 +145,17 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
             ]
             cells = [name, shown, f"{found[0]['cost']['parameters']:,}", spread([f["miou"] for f in found])]
             lines.append(f"| {' | '.join([*cells, str(len(found)), *gains])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{computed(rows)}\n"
+
+
+def computed(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """In which precision the backbones computed the rows, in words."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for kind, found in rows.items():
+        for r in found:
+            seeds.setdefault((r["precision"], r["backbone"]), []).append(f"{kind} {r['seed']}")
+    said = (f"{name}: {', '.join(which)} in {precision}" for (precision, name), which in sorted(seeds.items()))
+    return f"Precision of the backbones, by kind of row and seed. {'; '.join(said)}."
 
 
 def main() -> None:
