@@ -58,6 +58,7 @@ ON_GPU = (
 )
 # Maps and windows of SwinV2-G's third stage: pieces of the map of 64 x 64 at 1024, and the whole map at 640.
 BLOCKS = (((64, 32), 32, True), ((32, 32), 32, False), ((40, 40), 40, False))
+BLOCK_CHANNELS, BLOCK_HEADS = 2048, 64
 COLUMNS = {
     "times timm (range)": "{ratio:.2f} ({low:.2f} to {high:.2f})",
     "ours, ms an image": "{ours_ms:.0f}",
@@ -156,7 +157,7 @@ def block_rows(size: tuple[int, int], window: int, shifted: bool, settings: Sett
     torch.manual_seed(0)
     shift = window // 2 if shifted else 0
     with settings.device:
-        timms = SwinTransformerV2Block(2048, size, 64, window_size=window, shift_size=shift)
+        timms = SwinTransformerV2Block(BLOCK_CHANNELS, size, BLOCK_HEADS, window_size=window, shift_size=shift)
     for name, parameter in timms.named_parameters():
         # timm starts with norms of zero, and so with a block that does nothing.
         if name.startswith("norm"):
@@ -169,7 +170,7 @@ def block_rows(size: tuple[int, int], window: int, shifted: bool, settings: Sett
         prepare_attention(nn.Sequential(ours), settings.precision)
         if settings.precision == "bf16" and not has_bf16_products(settings.device):
             round_products(ours)
-    x = torch.randn(1, *size, 2048, device=settings.device)
+    x = torch.randn(1, *size, BLOCK_CHANNELS, device=settings.device)
     parts = {"block": (ours, timms), "its attention": (ours._attn, timms._attn)}
     for part, pair in parts.items():
         mine, other = (as_timm(settings, partial(work, x)) for work in pair)
