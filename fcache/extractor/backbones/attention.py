@@ -221,7 +221,8 @@ class _Order:
     parts: tuple[tuple[int, int, Tensor | None], ...]
 
 
-@functools.lru_cache(maxsize=64)
+# Two orders a stage, of a canvas and of the last one.
+@functools.lru_cache(maxsize=16)
 def _order(batch: int, size: Size, window: Size, shift: Size, device: torch.device) -> _Order:
     grid = tuple(-(-n // w) for n, w in zip(size, window, strict=True))
     padded = (grid[0] * window[0], grid[1] * window[1])

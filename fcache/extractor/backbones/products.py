@@ -17,7 +17,9 @@ _ROWS = 16384
 
 def has_bf16_products(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices by itself."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def round_products(model: nn.Module) -> None:
