@@ -16,12 +16,14 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -208,8 +210,11 @@ def product_rate(settings: Settings) -> float:
     return 2 * 8192**3 / statistics.median(clock(lambda: a @ b, settings) for _ in range(9))
 
 
-def measure(settings: Settings, only: str, report: Callable[[str, Row], None]) -> Mapping[str, Row]:
-    rows: dict[str, Row] = {}
+def measure(
+    settings: Settings, only: str, report: Callable[[str, Row], None], done: Mapping[str, Row] = MappingProxyType({})
+) -> Mapping[str, Row]:
+    """The rows that `only` names, those in `done` as they are, and all others of `done`."""
+    rows = dict(done)
 
     def keep(name: str, row: Row) -> None:
         rows[name] = row
@@ -218,16 +223,16 @@ def measure(settings: Settings, only: str, report: Callable[[str, Row], None]) -
     rate = product_rate(settings) if settings.on_gpu else 0.0
     for model, side, window in ON_GPU if settings.on_gpu else ON_CPU:
         name = f"{model}, {side} x {side}{f', window {window}' if window else ''}"
-        if fnmatchcase(name, only):
+        if fnmatchcase(name, only) and name not in done:
             keep(name, model_row(model, side, window, settings, rate))
     for size, window, shifted in BLOCKS:
         name = f"G, window {window}, map {size[0]} x {size[1]}{', shifted' if shifted else ''}"
-        if fnmatchcase(name, only):
+        if fnmatchcase(name, only) and f"{name}: its attention" not in done:
             for part, row in block_rows(size, window, shifted, settings):
                 keep(f"{name}: {part}", row)
     for channels in (96, 128, 512):
         name = f"patches to {channels} channels"
-        if fnmatchcase(name, only):
+        if fnmatchcase(name, only) and name not in done:
             keep(name, patch_row(channels, settings))
     return rows
 
@@ -239,6 +244,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 1 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 9 on a GPU, 3 on a CPU")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="rows by name: 'swinv2-t*', 'G*', 'patches*'")
+    parser.add_argument("--work", type=Path, help="keep rows in this file, one a line, and measure none twice")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -250,7 +256,17 @@ def main() -> None:
     if on_gpu:
         m["gpu"] = torch.cuda.get_device_name(device)
         m["short"] = "".join(c if c.isalnum() else "-" for c in m["gpu"].lower())
-    found = measure(settings, args.only, lambda name, row: print(json.dumps({"row": name, **row}), flush=True))
+    lines = args.work.read_text().splitlines() if args.work and args.work.exists() else []
+    done = {row.pop("row"): row for row in map(json.loads, lines)}
+
+    def report(name: str, row: Row) -> None:
+        text = json.dumps({"row": name, **row})
+        print(text, file=sys.stderr, flush=True)
+        if args.work:
+            with args.work.open("a") as file:
+                file.write(text + "\n")
+
+    found = measure(settings, args.only, report, done)
     if not found:
         parser.error(f"there is no row {args.only}")
     layouts = {name: row for name, row in found.items() if "first_ms" in row}
