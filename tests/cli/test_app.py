@@ -206,7 +206,8 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
     options = dict.fromkeys(("recipe", "data_root", "cache", "weights", "precision")) | {
         "model": "test_resnet", "dataset": "ade20k", "data_root": "data",
     }  # fmt: skip
-    assert parse_job(options | {"device": "cpu"}).precision == "fp32"
-    assert parse_job(options | {"device": "cuda:1"}).precision == "bf16"
-    assert parse_job(options | {"device": "cpu", "precision": "bf16"}).precision == "bf16"
-    assert parse_job(options | {"device": "cuda", "recipe": "camvid-small"}).precision == "fp32"
+    assert parse_job(options | {"devices": "cpu"}).precision == "fp32"
+    assert parse_job(options | {"devices": "cuda:1"}).precision == "bf16"
+    assert parse_job(options | {"devices": "cpu", "precision": "bf16"}).precision == "bf16"
+    assert parse_job(options, cluster=True).precision == "bf16"
+    assert parse_job(options | {"devices": "cuda", "recipe": "camvid-small"}).precision == "fp32"

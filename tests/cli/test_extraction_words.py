@@ -15,8 +15,8 @@ from fcache.extractor.engines.local import local
 
 SPLIT = SplitPlan("train", 1000, 4, 4000, 4000, 63, 63, 4 * 10**9, 4 * 10**9, ((64, 64),))
 PLAN = Plan(
-    cache="ade.fcache", features="ab" * 32, splits=(SPLIT,), level_bytes={"level-4": 10**6}, free_bytes=10**12,
-    random_weights=None, view_bytes={1: 10**9, 4: 4 * 10**9}, targets=("semantic",), devices=8,
+    cache="ade.fcache", features="ab" * 32, splits=(SPLIT,), level_bytes={"level-4": 10**6}, level_choices={},
+    free_bytes=10**12, random_weights=None, view_bytes={1: 10**9, 4: 4 * 10**9}, targets=("semantic",), devices=8,
     rates=Rates(0.01, 0.72, 1e9, 2e9), costs=Costs(3600.0, "the backbone", 900.0, 0.5, 5),
 )  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_a_plan_shows_what_other_numbers_of_views_take_where_views_differ(scenes
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(scenes: Path, tmp_path: Path, capsys) -> None:
     assert extract(scenes, tmp_path / "c.fcache", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "records/s on this machine" in out
+    assert "records/s on this device" in out
     assert "are free" in out
     assert list(tmp_path.iterdir()) == []
 
@@ -345,7 +345,7 @@ def test_the_demo_trains_three_heads_and_names_its_weights(tmp_path: Path, capsy
     recipe = tmp_path / "short.toml"
     recipe.write_text(
         "[train]\niterations = 3\nbatch_size = 2\n[heads.upernet]\nwidth = 8\n"
-        '[extract]\nview_recipe = "ade20k-small"\nviews = 1\ninput_size = [64, 64]\n'
+        '[extract]\nprecision = "fp32"\nview_recipe = "ade20k-small"\nviews = 1\ninput_size = [64, 64]\n'
     )
     for name, value in (("RECIPE", str(recipe)), ("TRAIN", 4), ("VAL", 2), ("SIZE", (64, 80))):
         monkeypatch.setattr(demo, name, value)

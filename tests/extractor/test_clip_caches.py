@@ -13,7 +13,7 @@ from videobuilder import cut_in_front, number_of, reference_frames, write_video
 from fcache.cache_spec import SpecError, StreamConfig, open_cache, open_source
 from fcache.extractor import (
     TTA,
-    DataNoted,
+    ExtractionStarted,
     ExtractResult,
     Job,
     SampleQuarantined,
@@ -142,8 +142,8 @@ def test_bad_videos_are_quarantined_and_missing_ones_are_said(make_clip_job: Mak
     assert sorted(result.quarantined) == ["run/cut.mp4", "run/text.avi"]
     assert "cut short: the box 'm" in result.quarantined["run/cut.mp4"]
     assert "expected an MP4, MOV, Matroska, WebM or AVI file" in result.quarantined["run/text.avi"]
-    assert [e.text for e in events if isinstance(e, DataNoted)] == [
-        "val: 1 of 5 listed videos are missing: val/run/no.mp4 (1 in all)"
+    assert [e.notes for e in events if isinstance(e, ExtractionStarted)] == [
+        ("val: 1 of 5 listed videos are missing: val/run/no.mp4 (1 in all)",)
     ]
     assert sorted(e.sample for e in events if isinstance(e, SampleQuarantined)) == ["run/cut.mp4", "run/text.avi"]
     assert plan(make_clip_job(root=root, splits=("val",)), measure=False).notes == (

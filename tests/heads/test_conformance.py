@@ -13,7 +13,6 @@ from fcache.heads import (
     Batch,
     TrainConfig,
     choose_head,
-    choose_heads,
     find_head,
     head_names,
     load_head,
@@ -178,7 +177,7 @@ def test_a_head_ends_with_the_same_weights_alone_and_after_another(form: str, so
     source = source_for(form)
     config = TrainConfig(iterations=3, batch_size=4, lr=3e-3, checkpoint_every=0)
     # The same head under its short name takes every step first, on the same batch.
-    both = choose_heads([form.partition("/")[2], form], source.info, config)
+    both = [choose_head(text, source.info, config) for text in (form.partition("/")[2], form)]
     group = train(source, both, config, out=tmp_path / "group")
     alone = train(source, both[1:], config, out=tmp_path / "alone")
     first, second, single = (load_weights(run) for run in (*group, *alone))

@@ -70,7 +70,7 @@ def test_a_cluster_whose_workers_are_killed_ends_with_the_bytes_of_one_process(j
     # Workers that replace the dead may be killed, too, before the scheduler has seen them.
     assert counts["losses that were reported"]
     counts |= {"caches": caches, "parts of shards": parts, "begun again after a death": again, "differences": 0}
-    record("cluster_kills", counts)
+    record("cluster_kills", dict(counts))
 
 
 def test_a_run_that_loses_its_scheduler_says_so_and_continues_after_its_restart(job, whole, folder):

@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_every_dataset_is_found_by_its_file_name() -> None:
-    assert dataset_names() == ("ade20k", "coco", "imagefolder")
+    assert dataset_names() == ("ade20k", "coco", "imagefolder", "kinetics400")
 
 
 def test_classes_are_alphabetical_and_ids_are_paths(root: Path) -> None:
