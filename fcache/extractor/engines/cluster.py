@@ -7,6 +7,7 @@ again has equal bytes. This module imports distributed, which the other engines 
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,7 +66,9 @@ def _extract(
         # One that is gone would be waited for, again at every call.
         if there := client.status == "running":
             client.unregister_worker_plugin(run.name)
-        client.close(timeout=CONNECT_SECONDS if there else 0.1)
+        # What the run ended with must not be hidden by a close that takes long.
+        with suppress(TimeoutError):
+            client.close(timeout=CONNECT_SECONDS if there else 0.1)
 
 
 @dataclass
