@@ -64,11 +64,13 @@ def default_settings(device: str) -> Settings:
     size, threads = (224, 224), torch.get_num_threads()
     if torch.device(device).type == "cuda":
         return Settings(
-            device, batch=16, records=32, rounds=5, seconds=1.0, steps=5, threads=threads, input_size=size, heads=HEADS
-        )
+            device, batch=16, records=32, rounds=5, seconds=1.0, steps=5, threads=threads, precision="bf16",
+            input_size=size, heads=HEADS,
+        )  # fmt: skip
     return Settings(
-        device, batch=1, records=2, rounds=2, seconds=0.0, steps=1, threads=threads, input_size=size, heads=HEADS
-    )
+        device, batch=1, records=2, rounds=2, seconds=0.0, steps=1, threads=threads, precision="fp32",
+        input_size=size, heads=HEADS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

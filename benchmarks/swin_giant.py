@@ -12,8 +12,10 @@ command of its own in a process of its own, whose seconds and peak resident memo
 Photos are the ADE20K challenge's in $FCACHE_TEST_DATA/ADEChallengeData2016, or made-up scenes where that is not set.
 """
 
+import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,18 +38,25 @@ COLUMNS = {
 }
 
 
+# Runs a command and prints its status, CPU seconds and peak memory: started from here it would be said to have had the
+# memory of this process, which its own begins with.
+COUNTED = """
+import json, resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+
+
 def run(command: Sequence[str]) -> dict[str, Any]:
     """One `fcache` command: its exit status, seconds, CPU seconds and peak resident memory."""
-    line = [sys.executable, "-m", "fcache.cli", *command]
+    line = [sys.executable, "-c", COUNTED, sys.executable, "-m", "fcache.cli", *command]
     started = time.perf_counter()
-    _, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, sys.executable, line), 0)
-    found = {
-        "status": os.waitstatus_to_exitcode(status),
-        "seconds": time.perf_counter() - started,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        # Kilobytes on Linux.
-        "gib": usage.ru_maxrss / 2**20,
-    }
+    said = subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout
+    seconds = time.perf_counter() - started
+    status, cpu, peak = json.loads(said)
+    # Kilobytes on Linux.
+    found = {"status": status, "seconds": seconds, "cpu": cpu, "gib": peak / 2**20}
     print(f"{shlex.join(command[:1])}: {found}", file=sys.stderr, flush=True)
     return found
 

@@ -17,8 +17,9 @@ def test_every_head_is_measured_once_on_equal_clips(tmp_path, monkeypatch, capsy
 
     heads = ("linear", "global")
     settings = clip_steps.Settings(
-        "cpu", batch=2, records=4, rounds=2, seconds=0.0, steps=1, threads=1, input_size=(32, 32), heads=heads
-    )
+        "cpu", batch=2, records=4, rounds=2, seconds=0.0, steps=1, threads=1, precision="fp32",
+        input_size=(32, 32), heads=heads,
+    )  # fmt: skip
     result = clip_steps.measure(tmp_path, settings, (BACKBONE,), [])
     rows = result["rows"][BACKBONE]
     assert list(rows) == ["linear", "global"]

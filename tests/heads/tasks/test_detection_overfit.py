@@ -10,7 +10,7 @@ NARROW = "width=32,box_units=64,proposals=30,rois=32,anchor_scales=4,mask_convs=
 @pytest.mark.parametrize(
     ("form", "iterations", "lr", "pictures"),
     [
-        (f"maskrcnn:{NARROW}", 180, 4e-3, {}),
+        (f"maskrcnn:{NARROW}", 240, 5e-3, {}),
         (f"cascade:{NARROW}", 200, 4e-3, {}),
         (f"htc:{NARROW}", 160, 8e-3, {"grid": 1, "seed": 3, "semantic": True}),
         (f"htc-without-semantic:{NARROW}", 160, 8e-3, {"grid": 1, "seed": 3}),
