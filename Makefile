@@ -33,9 +33,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 demo: setup
 	$(BIN)/fcache demo $(ARGS)
 
-# One thread for each test process: equal numbers on any machine, and no fight over a small one. ARGS=-n0: one process.
+# One thread for each test process: equal numbers on any machine, and no fight over a small one. Files stay in the order
+# of tests/conftest.py. ARGS=-n0: one process.
 test: setup-dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,14 @@ settings.register_profile("dev", deadline=None, max_examples=30, suppress_health
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+# Files of few but long tests. They go first, so that no process is left alone with one at the end.
+LONG = ("torture/", "test_detection_overfit", "test_processes", "test_engine", "test_object_stores", "test_copying")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which several processes (`make test`) take them up."""
+    items.sort(key=lambda item: not any(name in item.path.as_posix() for name in LONG))
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
