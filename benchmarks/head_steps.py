@@ -336,7 +336,8 @@ def about(settings: Settings) -> str:
     place = torch.cuda.get_device_name(settings.device) if settings.on_gpu else f"the CPU, {settings.threads} threads"
     autocast = settings.on_gpu and torch.cuda.is_bf16_supported()
     size = " x ".join(map(str, settings.input_size))
-    paper = f" The paper (Tables 7, 8: live, batch 16, 1024 x 1024, 5x BiFPN): {PAPER}."
+    said = ", ".join(f"{name} {costs}" for name, costs in PAPER.items())
+    paper = f" The paper (Tables 7, 8: live, batch 16, 1024 x 1024, 5x BiFPN, on a GPU): {said}."
     return (
         f"Training steps on {place}: batches of {settings.batch} views of {size}, {NUM_CLASSES[settings.task]} "
         f"classes; backbone in {settings.precision}, heads in {'bf16 autocast' if autocast else 'float32'}. Medians of "

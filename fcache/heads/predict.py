@@ -108,16 +108,18 @@ def overlay(
 
 
 def with_legend(picture: np.ndarray, lines: Sequence[tuple[tuple[int, ...], str]]) -> np.ndarray:
-    """A picture, uint8 [H, W, 3], with a legend at its right, lines of a colour and a text.
+    """A picture, uint8 [H, W, 3], with a legend at its right, lines of a colour and a text; without lines, the picture.
 
     Returns uint8 [max(H, legend), W + legend, 3].
     """
+    if not lines:
+        return picture
     height, width = picture.shape[:2]
     font = legend_font((height, width), len(lines))
     size = round(font.size)
     gap = max(6, size // 3)
     step = size + gap
-    wide = max((int(font.getlength(line)) for _, line in lines), default=0) + step + 3 * gap
+    wide = max(int(font.getlength(line)) for _, line in lines) + step + 3 * gap
     canvas = Image.new("RGB", (width + wide, max(height, step * len(lines) + 2 * gap)), "white")
     canvas.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(canvas)
