@@ -1,6 +1,6 @@
 """How near an extraction comes to the slowest of its parts, each run alone.
 
-    python benchmarks/extraction.py [--records 24] [--rounds 5] [--size 256] [--device cuda]
+    python benchmarks/extraction.py [--records 48] [--rounds 5] [--size 256] [--device cuda]
 
 The parts are the bare backbone (normalised batches that lie in memory, the extraction's batch size and precision),
 decoding alone (the views of the same photos, by as many decoding processes), and writing alone (the bytes that the
@@ -49,7 +49,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=24, help="default: 24")
+    parser.add_argument("--records", type=int, default=48, help="default: 48")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--size", type=int, default=256, help="side of the inputs; default: 256")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes; default: 1")

@@ -1,6 +1,6 @@
 """How much of n devices an extraction by n processes uses: two processes measured, 8 and 64 simulated.
 
-    python benchmarks/scaling.py [--records 16] [--rounds 3] [--size 256] [--model swinv2-b]
+    python benchmarks/scaling.py [--records 64] [--rounds 3] [--size 256] [--model swinv2-b]
 
 Measured: two extraction processes share a cache on two cores; before and after, two bare backbone loops run side by
 side, each over half of the batches. The ratio is that of the times of the slower process of each pair. What the
@@ -53,7 +53,7 @@ SIMULATED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=16, help="default: 16")
+    parser.add_argument("--records", type=int, default=64, help="default: 64")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--size", type=int, default=256, help="side of the inputs; default: 256")
     parser.add_argument("--model", default="swinv2-b")

@@ -6,7 +6,8 @@ Rows are whole backbones (all four stages, random:0), single blocks of SwinV2-G'
 papers, of which the attention is timed alone too, and the patch embedding in three layouts. "times timm" above 1
 means that fcache is faster. On a CPU it is a ratio of CPU seconds, which other processes disturb less than they do
 seconds; on a GPU of seconds. "apart" is the largest relative difference of a level, or of the block's output, from
-timm's.
+timm's, which pads before it rolls for that: where windows do not divide a map, plain timm lays its mask wrongly (see
+`fcache.extractor.backbones.windows`).
 
 On a GPU there are the larger models and inputs too, images a second, the memory at its peak, and the share that the
 multiply-adds of a forward take of what a large bfloat16 product reaches in the same run.
@@ -40,6 +41,7 @@ from fcache.extractor.backbones.attention import prepare_attention
 from fcache.extractor.backbones.construction import exact_arithmetic
 from fcache.extractor.backbones.products import has_bf16_products, round_products
 from fcache.extractor.backbones.weights import load_weights
+from fcache.extractor.backbones.windows import correct_windows
 
 Row = dict[str, Any]
 # Model, input side, window (None: the model's own).
@@ -147,6 +149,7 @@ def model_row(model: str, side: int, window: int | None, settings: Settings, rat
     images = torch.randn(settings.batch, 3, side, side, device=settings.device)
     timms = as_timm(settings, lambda: plain.forward_intermediates(images, norm=False, intermediates_only=True))
     row = compared(lambda: backbone.forward(images), timms, settings.batch, settings)
+    correct_windows(plain)
     pairs = zip(backbone.forward(images).values(), timms(), strict=True)
     row["apart"] = max(apart(x, y) for x, y in pairs)
     if settings.on_gpu:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import multiprocessing.util
 import os
 import platform
 import shutil
@@ -32,6 +33,8 @@ def work_folder(folder: Path | None) -> Iterator[Path]:
     """A new folder in `folder`, removed at the end, with the temporary files that peers leave behind."""
     work = Path(tempfile.mkdtemp(prefix="fcache-benchmark-", dir=folder))
     (work / "temporary").mkdir()
+    # Made here if it is not there yet: it is in use until the program ends.
+    multiprocessing.util.get_temp_dir()
     before, tempfile.tempdir = tempfile.tempdir, str(work / "temporary")
     try:
         yield work

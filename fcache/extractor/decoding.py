@@ -4,6 +4,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,7 +22,7 @@ from fcache.extractor.videos import FrameChoice
 from fcache.extractor.views import cut_view, draw_frames
 
 ATTEMPTS = 3
-# Records that each decoding process may be ahead: enough to even out large and small photos.
+# Records that each decoding process is ahead at least: enough to even out large and small photos.
 RECORDS_AHEAD = 4
 
 
@@ -105,14 +106,16 @@ def load_sample(split: DatasetSplit, sample: Sample, frames: FrameChoice) -> Raw
 class Decoders:
     """Decoding processes: started when records are first asked for, kept until `close`. Use as a context manager.
 
-    With a `count` of 0 records are made in the calling thread. Each process has its own pipe, so that the death of one
-    is seen at once, in the midst of a record too. Records travel as plain arrays through these pipes: shared memory is
-    often small where extractions run.
+    With a `count` of 0 records are made in the calling thread. Otherwise as many as a `batch` are ready when it is
+    drawn, if the processes keep up: a thread takes them from the processes, which would wait in the midst of a record
+    else. Each process has its own pipe, so that the death of one is seen at once, in the midst of a record too. Records
+    travel as plain arrays through these pipes: shared memory is often small where extractions run.
     """
 
-    def __init__(self, decoder: Decoder, count: int) -> None:
-        self._decoder, self._count = decoder, count
+    def __init__(self, decoder: Decoder, count: int, *, batch: int = 1) -> None:
+        self._decoder, self._count, self._ahead = decoder, count, max(RECORDS_AHEAD * count, batch + count)
         self._started: list[tuple[Any, Connection]] = []
+        self._receive = ThreadPoolExecutor(1, "fcache-receive")
 
     def __enter__(self) -> "Decoders":
         return self
@@ -121,7 +124,7 @@ class Decoders:
         self.close()
 
     def stream(self, requests: Iterable[Request]) -> Generator[Decoded]:
-        """The records of `requests` in order; `requests` is drawn from lazily, a few records ahead.
+        """The records of `requests` in order; `requests` is drawn from lazily, a batch or a few records ahead.
 
         One stream at a time. Close one that is not exhausted: its records are dropped with the processes. Raises
         DataError if a process dies.
@@ -131,25 +134,28 @@ class Decoders:
             return
         if not self._started:
             self._started = [self._start() for _ in range(self._count)]
-        waiting: deque[tuple[Any, Connection]] = deque()
+        waiting: deque[Future[Decoded]] = deque()
         try:
             for one, request in zip(cycle(self._started), requests, strict=False):
                 _send(one, request)
-                waiting.append(one)
-                if len(waiting) >= RECORDS_AHEAD * self._count:
-                    yield _receive(waiting.popleft())
+                waiting.append(self._receive.submit(_receive, one))
+                if len(waiting) >= self._ahead:
+                    yield waiting.popleft().result()
             while waiting:
-                yield _receive(waiting.popleft())
+                yield waiting.popleft().result()
         finally:
             if waiting:
                 self.close()
 
     def close(self) -> None:
         """Ends the processes; they hold nothing that could be lost."""
-        for process, pipe in self._started:
-            process.kill()
-            pipe.close()
         for process, _ in self._started:
+            process.kill()
+        # What is being received ends with its process.
+        self._receive.shutdown(cancel_futures=True)
+        self._receive = ThreadPoolExecutor(1, "fcache-receive")
+        for process, pipe in self._started:
+            pipe.close()
             process.join()
         self._started = []
 

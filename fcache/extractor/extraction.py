@@ -24,7 +24,8 @@ from fcache.extractor.prepare import Prepared, prepare
 from fcache.extractor.recheck import recheck
 from fcache.extractor.work import claimed, tasks_of
 
-POLL_SECONDS = 1.0
+# How long to wait for others, at least: a look at what is left takes half of the time at most.
+POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def open_extraction(job: Job) -> Generator[Extraction]:
     plan = plan_of(prepared)
     check_space(plan)
     writer = open_writer(job.cache, prepared.wanted)
-    with writer.claims.beating(), Decoders(prepared.decoder, job.decoders()) as decoders:
+    batch = max(g.batch for g in writer.manifest.groups)
+    with writer.claims.beating(), Decoders(prepared.decoder, job.decoders(), batch=batch) as decoders:
         try:
             extraction = Extraction(prepared, writer, fit_tables(prepared, writer), decoders, plan)
             recheck(writer, prepared, tasks_of(writer, prepared))
@@ -89,15 +91,16 @@ def share(
     writer, prepared = extraction.writer, extraction.prepared
     while tasks := tasks_of(writer, prepared):
         extract_shards(extraction, claimed(writer, tasks), report=report, should_stop=should_stop)
+        looked = time.monotonic()
         if tasks := tasks_of(writer, prepared):
             report(WaitingForOthers(len(tasks)))
-            wait(should_stop)
+            wait(time.monotonic() - looked, should_stop)
 
 
-def wait(should_stop: Callable[[], bool]) -> None:
-    """Lets a moment pass. Raises Stopped when `should_stop` turns true."""
-    until = time.monotonic() + POLL_SECONDS
-    while time.monotonic() < until:
+def wait(seconds: float, should_stop: Callable[[], bool]) -> None:
+    """Lets some time pass, a moment at least. Raises Stopped when `should_stop` turns true."""
+    until = time.monotonic() + max(seconds, POLL_SECONDS)
+    while (left := until - time.monotonic()) > 0:
         if should_stop():
             raise Stopped
-        time.sleep(0.1)
+        time.sleep(min(left, 0.1))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,12 @@ def extract_shards(
             taken.append(task)
             yield from task.requests
 
-    with ThreadPoolExecutor(1, "fcache-append") as append, ThreadPoolExecutor(1, "fcache-commit") as commit:
-        run = _Run(extraction, report, should_stop, WriteQueue(append, commit, extraction, report))
+    with (
+        ThreadPoolExecutor(1, "fcache-encode") as encode,
+        ThreadPoolExecutor(1, "fcache-append") as append,
+        ThreadPoolExecutor(1, "fcache-commit") as commit,
+    ):
+        run = _Run(extraction, report, should_stop, encode, WriteQueue(append, commit, extraction, report))
         try:
             with extraction.turn, closing(extraction.decoders.stream(requests())) as decoded:
                 for number, first in enumerate(run.timed(decoded)):
@@ -88,9 +92,10 @@ class _Run:
     extraction: "Extraction"
     report: Callable[[WorkerEvent], None]
     should_stop: Callable[[], bool]
+    encode: ThreadPoolExecutor
     queue: WriteQueue
     clock: _Clock = field(default_factory=_Clock)
-    before: Coded | None = None
+    before: Future[Coded] | None = None
 
     def timed(self, decoded: Iterator[Decoded]) -> Iterator[Decoded]:
         """The records, while the time that they take is counted."""
@@ -142,18 +147,22 @@ class _Run:
         with self.clock.spending("writing"):
             self.queue.append(kept, arrays, coded)
 
-    def _compute(self, task: Task, good: list[tuple[int, Decoded]]) -> Coded:
+    def _compute(self, task: Task, good: list[tuple[int, Decoded]]) -> Future[Coded]:
         """Begins a batch on the device and waits for the one before it, so that the device always has work."""
         extraction, backbone = self.extraction, self.extraction.prepared.backbone
         group = extraction.writer.manifest.group(task.shard.group)
         images = [torch.from_numpy(_present(d.image)) for _, d in good]
         ids = tuple(group.ids[task.shard.sample + p] for p, _ in good)
         features = features_of(images, group.canvas, backbone)
-        coded = begin_encoding(features, group, ids, tables=extraction.device_tables)
         if self.before is not None:
-            self.before.wait()
-        self.before = coded
-        return coded
+            self.before.result().wait()
+        self.before = Future()
+        if backbone.device.type == "cpu":
+            # A device computes beside this thread anyway.
+            self.before = self.encode.submit(begin_encoding, features, group, ids, tables=extraction.device_tables)
+        else:
+            self.before.set_result(begin_encoding(features, group, ids, tables=extraction.device_tables))
+        return self.before
 
     def _refuse(self, sample: str, d: Decoded) -> None:
         if d.unreadable:

@@ -56,7 +56,7 @@ class WriteQueue:
         self._current = shard
         self._open.append(shard)
 
-    def append(self, positions: list[int], arrays: dict[str, Mapping[str, Any]], coded: Coded | None) -> None:
+    def append(self, positions: list[int], arrays: dict[str, Mapping[str, Any]], coded: Future[Coded] | None) -> None:
         """Queues records of the current shard; waits while too many batches are queued."""
         while len(self._appended) >= QUEUED_BATCHES:
             self._appended.pop(0).result()
@@ -105,9 +105,11 @@ class WriteQueue:
                 writer.abort()
 
 
-def _write(shard: OpenShard, positions: list[int], arrays: dict[str, Mapping[str, Any]], coded: Coded | None) -> None:
-    """Appends a batch to the parts of its shard, as soon as it is on the host."""
+def _write(
+    shard: OpenShard, positions: list[int], arrays: dict[str, Mapping[str, Any]], coded: Future[Coded] | None
+) -> None:
+    """Appends a batch to the parts of its shard, as soon as it is encoded and on the host."""
     if coded is not None:
-        arrays[FEATURES] = {**coded.stored(shard.facts), **arrays[FEATURES]}
+        arrays[FEATURES] = {**coded.result().stored(shard.facts), **arrays[FEATURES]}
     for part, named in arrays.items():
         shard.writers[part].append(positions, named)

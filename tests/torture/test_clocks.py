@@ -17,7 +17,7 @@ import torch
 from cachebuilder import group, manifest, write_pending, write_shard
 
 from fcache.cache_spec import CacheWriter, open_writer, verify
-from fcache.extractor import extract, extraction
+from fcache.extractor import extract
 from tests.torture.caches import contents
 from tests.torture.children import CONTEXT, run_child
 
@@ -48,7 +48,6 @@ def short_claims(stale):
         self.claims.stale_seconds = stale
 
     CacheWriter.__init__ = begun
-    extraction.POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager

@@ -96,9 +96,10 @@ class _Run:
             while pending := pending_shards(writer, self.job):
                 self._fly(ready, flying, [partial(shard, self.name, p) for p in pending])
                 number += 1
+                looked = time.monotonic()
                 if left := pending_shards(writer, self.job):
                     self.report(WaitingForOthers(len(left)))
-                    wait(self.should_stop)
+                    wait(time.monotonic() - looked, self.should_stop)
         except Stopped:
             self.client.run(stop, self.name)
             while flying:
