@@ -33,7 +33,7 @@ from fcache.extractor import Job
 from fcache.extractor.children import child_context
 from fcache.extractor.costs import disk_rates
 from fcache.extractor.extraction import open_extraction, share
-from fcache.extractor.work import _Look, tasks_of
+from fcache.extractor.work import SPREAD, _Look, tasks_of
 
 MEASURED = {
     "two extractions, s": "{extraction:.2f}",
@@ -207,7 +207,7 @@ def simulate(devices: int, shards: int, service: Service, *, looks: bool = True)
             spent = service.vain
             if looks:
                 free[d] = [p for p in free[d] if not taken[p]]
-                window[d] = len(computing) + 1
+                window[d] = SPREAD * len(computing) + 1
                 spent += service.look
             claiming += spent
             heapq.heappush(events, (now + spent, d))

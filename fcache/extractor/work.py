@@ -14,6 +14,8 @@ from fcache.extractor.prepare import Prepared
 
 # A look at all claims and commits comes at most after so many times as long as it took.
 LOOK_SHARE = 20
+# One of so many free shards is taken for each that others hold: rarely the one that another just took.
+SPREAD = 8
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def claimed(writer: CacheWriter, tasks: list[Task]) -> Iterator[Task]:
     free, later, look = list(tasks), list[Task](), _Look(writer)
     choose = random.Random(writer.claims.token)
     while free:
-        task = free.pop(choose.randrange(min(len(free), len(look.held) + 1)))
+        task = free.pop(choose.randrange(min(len(free), SPREAD * len(look.held) + 1)))
         if found := _claim(writer, task):
             yield found
             continue

@@ -1,8 +1,10 @@
 """Moving scenes: short clips of one figure, whose class is how it moves, as a data set in Kinetics' layout.
 
-No frame tells the class, and no set of frames without their order does: where the figure is, how it is turned and how
-large it is are drawn evenly for every clip, and a motion takes one of them round a closed way at an even speed. So each
-frame of a clip is as likely under one class as under any other, and a clip seen backwards is one of the opposite class.
+No frame tells the class, and no set of frames without their order tells a motion from its opposite. The figure's place
+is drawn evenly in a disc about the middle of the picture, its size evenly between two; a motion takes the place along
+its chord of the disc or round the middle, or the size from one end to the other, at an even speed, and begins anew at
+the end. All of them keep what is even as it is: each frame of a clip is as likely under one class as under any other,
+and a clip seen backwards is one of the opposite class.
 """
 
 import io
@@ -22,30 +24,52 @@ from fcache.extractor.scenes.texture import mix, noise
 
 # What of the figure a motion changes, and which way.
 MOTIONS = {
-    "left": ("x", -1),
-    "right": ("x", 1),
-    "up": ("y", -1),
-    "down": ("y", 1),
-    "clockwise": ("angle", 1),
-    "counter-clockwise": ("angle", -1),
+    "left": ("across", -1),
+    "right": ("across", 1),
+    "up": ("down", -1),
+    "down": ("down", 1),
+    "clockwise": ("round", 1),
+    "counter-clockwise": ("round", -1),
     "growing": ("size", 1),
     "shrinking": ("size", -1),
 }
-# Frames of one way round, from the fastest clips to the slowest; frames a second.
-_ROUND, _RATE = (13.0, 18.0), 10
-# The figure's radius in shares of the picture's shorter side; growing past the end it begins anew.
-_RADIUS = (0.15, 0.38)
+# Frames of a whole round, from the fastest clips to the slowest; frames a second.
+_ROUND, _RATE = (20.0, 28.0), 10
+# The radii of the disc of places, and of the smallest and the largest figure, in shares of the picture's shorter side.
+_PLACES, _RADIUS = 0.34, (0.1, 0.26)
 
 
 @dataclass(frozen=True)
 class MovingScene:
-    """A figure before a ground: `x`, `y`, `angle` and `size` are phases in 0..1, `velocity` their change a frame."""
+    """A figure before a ground: its `place` (across, down) in the unit disc, its `scale` in 0..1; `velocity` is the
+    share of a round that `motion` does in a frame, negative the other way.
+    """
 
     size: tuple[int, int]
     ground: Surface
     figure: Surface
-    phases: dict[str, float]
-    velocity: dict[str, float]
+    place: tuple[float, float]
+    scale: float
+    motion: str
+    velocity: float
+
+    def after(self, frames: float) -> "MovingScene":
+        """The scene so many frames later."""
+        (x, y), way = self.place, self.velocity * frames
+        if self.motion == "across":
+            return replace(self, place=(_along(x, y, way), y))
+        if self.motion == "down":
+            return replace(self, place=(x, _along(y, x, way)))
+        if self.motion == "round":
+            c, s = math.cos(2 * math.pi * way), math.sin(2 * math.pi * way)
+            return replace(self, place=(c * x - s * y, s * x + c * y))
+        return replace(self, scale=(self.scale + way) % 1)
+
+
+def _along(at: float, beside: float, way: float) -> float:
+    """A coordinate after a way along its chord of the unit disc, which begins anew at the end."""
+    half = math.sqrt(max(1e-9, 1 - beside * beside))
+    return half * (2 * (((at / half + 1) / 2 + way) % 1) - 1)
 
 
 def make_moving_scene(seed: int, index: int, motion: str, *, size: tuple[int, int]) -> MovingScene:
@@ -58,9 +82,10 @@ def make_moving_scene(seed: int, index: int, motion: str, *, size: tuple[int, in
     # Any hues: the ground is of middle brightness, of the figure one half is dark and the other one bright.
     ground = _toned(random_surface(between), (0.3, 0.7), (0.3, 0.7))
     figure = _toned(random_surface(between), (0.0, 0.4), (0.6, 1.0))
-    phases = {name: between(0, 1) for name in ("x", "y", "angle", "size")}
+    distance, direction = math.sqrt(between(0, 1)), between(0, 2 * math.pi)
+    place, scale = (distance * math.cos(direction), distance * math.sin(direction)), between(0, 1)
     changed, way = MOTIONS[motion]
-    return MovingScene(size, ground, figure, phases, {changed: way / between(*_ROUND)})
+    return MovingScene(size, ground, figure, place, scale, changed, way / between(*_ROUND))
 
 
 def _toned(surface: Surface, *ranges: tuple[float, float]) -> Surface:
@@ -81,15 +106,11 @@ def render_frames(scene: MovingScene, count: int) -> Iterator[np.ndarray]:
     columns = np.arange(width, dtype=np.float32)[None] + 0.5
     ground = mix(scene.ground, noise(scene.ground.texture, columns * (7 / width) + 0 * rows, rows * (7 / height)))
     for number in range(count):
-        at = {name: (phase + number * scene.velocity.get(name, 0.0)) % 1 for name, phase in scene.phases.items()}
-        radius = min(scene.size) * _RADIUS[0] * (_RADIUS[1] / _RADIUS[0]) ** at["size"]
-        # The picture has no edges: what leaves it on one side comes in on the other.
-        right = ((columns - at["x"] * width + width / 2) % width - width / 2) / radius
-        down = ((rows - at["y"] * height + height / 2) % height - height / 2) / radius
-        c, s = math.cos(2 * math.pi * at["angle"]), math.sin(2 * math.pi * at["angle"])
-        p, q = c * right + s * down, c * down - s * right
-        # A disc of two halves: never the same when turned.
-        halves = np.clip(0.5 + p * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
+        now, side = scene.after(number), min(scene.size)
+        radius = side * _RADIUS[0] * (_RADIUS[1] / _RADIUS[0]) ** now.scale
+        p = (columns - width / 2 - side * _PLACES * now.place[0]) / radius
+        q = (rows - height / 2 - side * _PLACES * now.place[1]) / radius
+        halves = np.clip(0.5 + q * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
         cover = np.clip(0.5 - (np.sqrt(p * p + q * q) - 1) * radius, 0, 1)[..., None]
         image = ground * (1 - cover) + mix(scene.figure, halves) * cover
         yield np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)

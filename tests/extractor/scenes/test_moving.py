@@ -38,37 +38,56 @@ def test_the_first_frame_does_not_depend_on_the_motion_and_later_ones_do() -> No
 @pytest.mark.parametrize(("motion", "opposite"), OPPOSITE.items())
 def test_a_clip_seen_backwards_is_one_of_the_opposite_motion(motion: str, opposite: str) -> None:
     scene, other = (make_moving_scene(5, 0, m, size=SIZE) for m in (motion, opposite))
-    last = {name: phase + 7 * scene.velocity.get(name, 0) for name, phase in scene.phases.items()}
-    backwards = replace(other, phases=last)
+    last = scene.after(7)
+    backwards = replace(other, place=last.place, scale=last.scale)
     for number in range(8):
         forth, back = render_frame(scene, number), render_frame(backwards, 7 - number)
-        # Phases are added up in another order: single pixels may round otherwise.
+        # Ways are added up in another order: single pixels may round otherwise.
         assert np.abs(forth.astype(int) - back).max() <= 1
 
 
-def test_a_motion_goes_where_its_name_says() -> None:
-    def centre(motion: str, number: int) -> tuple[float, float, float]:
-        """Column, row and area of the figure, which starts in the middle."""
-        scene = make_moving_scene(0, 1, motion, size=(96, 96))
-        scene = replace(scene, phases={"x": 0.5, "y": 0.5, "angle": 0.0, "size": 0.2})
-        # The same ground, with the smallest figure in its corners.
-        ground = replace(scene, phases={"x": 0.0, "y": 0.0, "angle": 0.0, "size": 0.0}, velocity={})
-        frames = (render_frame(s, number).astype(int) for s in (scene, ground))
-        here = np.abs(np.subtract(*frames)).sum(-1)[15:81, 15:81] > 30
-        rows, columns = np.nonzero(here)
-        return float(columns.mean()), float(rows.mean()), float(here.sum())
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_places_and_sizes_stay_even_whatever_the_motion(motion: str) -> None:
+    later = [make_moving_scene(0, i, motion, size=SIZE).after(9) for i in range(3000)]
+    x, y = np.array([s.place for s in later]).T
+    # The share of a uniform disc within a radius is its square; directions are even, and so are sizes.
+    radius = np.sort(np.hypot(x, y)) ** 2
+    direction = np.sort(np.arctan2(y, x) / (2 * np.pi) % 1)
+    even = (np.arange(3000) + 0.5) / 3000
+    for found in (radius, direction, np.sort([s.scale for s in later])):
+        # Kolmogorov's bound of one in a thousand.
+        assert np.abs(found - even).max() < 1.95 / np.sqrt(3000)
 
-    before = centre("left", 0)
-    assert centre("left", 2)[0] < before[0] - 5 < before[0] + 5 < centre("right", 2)[0]
-    assert centre("up", 2)[1] < before[1] - 5 < before[1] + 5 < centre("down", 2)[1]
-    assert centre("shrinking", 2)[2] < before[2] < centre("growing", 2)[2]
-    turned = make_moving_scene(0, 1, "clockwise", size=(96, 96))
-    upright = replace(turned, phases={"x": 0.5, "y": 0.5, "angle": 0.0, "size": 0.9})
-    quarter = replace(upright, phases=upright.phases | {"angle": 0.25}, velocity={})
-    assert turned.velocity["angle"] > 0
-    # Without turning, the second colour is at the right; after a quarter clockwise below.
-    a, b = render_frame(upright, 0).astype(int), render_frame(quarter, 0).astype(int)
-    assert np.abs(a[48, 60] - b[60, 48]).max() < 40 < np.abs(a[48, 60] - a[48, 36]).max()
+
+def test_what_passes_an_end_begins_anew_at_the_other() -> None:
+    scene = replace(make_moving_scene(0, 0, "right", size=SIZE), place=(0.5, 0.6), velocity=0.2)
+    # The chord at 0.6 goes from -0.8 to 0.8, a step is 0.32.
+    assert scene.after(1).place == pytest.approx((-0.78, 0.6))
+    assert scene.after(5).place == pytest.approx((0.5, 0.6))
+    growing = replace(make_moving_scene(0, 0, "growing", size=SIZE), scale=0.9, velocity=0.2)
+    assert growing.after(1).scale == pytest.approx(0.1)
+
+
+def test_a_motion_goes_where_its_name_says() -> None:
+    def seen(motion: str, number: int) -> tuple[float, float, float]:
+        """Column, row and area of the figure, which starts right of the middle."""
+        scene = make_moving_scene(0, 1, motion, size=(96, 96))
+        scene = replace(scene, place=(0.5, 0.0), scale=0.3)
+        # The same ground, with the figure far outside.
+        ground = replace(scene, place=(9.0, 9.0), velocity=0.0)
+        frames = (render_frame(s, number).astype(int) for s in (scene, ground))
+        rows, columns = np.nonzero(np.abs(np.subtract(*frames)).sum(-1) > 30)
+        return float(columns.mean()), float(rows.mean()), float(len(rows))
+
+    before = seen("left", 0)
+    assert before[:2] == pytest.approx((48 + 0.5 * 0.34 * 96, 48), abs=2)
+    assert seen("left", 3)[0] < before[0] - 5 < before[0] + 5 < seen("right", 3)[0]
+    assert seen("up", 3)[1] < before[1] - 5 < before[1] + 5 < seen("down", 3)[1]
+    assert seen("shrinking", 3)[2] < before[2] < seen("growing", 3)[2]
+    # From the right, clockwise is down first, and then left.
+    assert seen("clockwise", 3)[1] > before[1] + 5 > before[1] - 5 > seen("counter-clockwise", 3)[1]
+    assert seen("clockwise", 10)[0] < 44
+    assert seen("counter-clockwise", 10)[0] < 44
 
 
 def test_clips_are_read_as_they_were_drawn_in_order_and_every_frame_is_a_key_frame(tmp_path: Path) -> None:
