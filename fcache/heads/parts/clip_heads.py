@@ -68,7 +68,7 @@ class ClipBlock(nn.Module):
 class BlocksHead(nn.Module):
     """Transformer blocks over one level with a learned vector for every frame, LayerNorm, and a `ClipClassifier`.
 
-    The vectors begin at zero; blocks are dropped with a rate that rises from 0 to `drop_path` from the first to the
+    The vectors begin at zero or, with `times` "sine", as waves of many lengths; blocks are dropped with a rate that rises from 0 to `drop_path` from the first to the
     last. With `width` a linear layer comes first.
     """
 
@@ -80,7 +80,7 @@ class BlocksHead(nn.Module):
         count, hidden = options["blocks"], max(1, round(width * options["mlp_ratio"]))
         self.norm_inputs = nn.LayerNorm(level.channels) if options["norm_inputs"] else nn.Identity()
         self.project = nn.Linear(level.channels, width) if options["width"] else nn.Identity()
-        self.times = nn.Parameter(torch.zeros(_frames(level), width))
+        self.times = nn.Parameter(TIMES[options["times"]](_frames(level), width))
         self.blocks = nn.ModuleList(
             ClipBlock(
                 width, look(width, heads, i), hidden=hidden, drop_path=options["drop_path"] * i / max(1, count - 1)
@@ -98,6 +98,19 @@ class BlocksHead(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.classify(self.norm(x))
+
+
+def sine_times(frames: int, width: int) -> Tensor:
+    """Sines and cosines of the number of a frame, [frames, width]; the wave length grows from 2 pi frames to 100 times
+    as much.
+    """
+    lengths = 100 ** (torch.arange(0, width, 2) / width)
+    angles = torch.arange(frames)[:, None] / lengths
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
+# How the vectors of frames begin.
+TIMES: Mapping[str, Callable[[int, int], Tensor]] = {"zero": torch.zeros, "sine": sine_times}
 
 
 def default_heads(width: int) -> int:

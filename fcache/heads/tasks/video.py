@@ -16,7 +16,7 @@ from fcache.heads.head import Head, HeadInput, Options, ParameterGroup
 from fcache.heads.metrics import Metric, clip_metric
 from fcache.heads.parts import find_level
 from fcache.heads.parts.clip_attention import OverAll, OverTime, OverWindows
-from fcache.heads.parts.clip_heads import BlocksHead, LinearHead
+from fcache.heads.parts.clip_heads import TIMES, BlocksHead, LinearHead
 from fcache.heads.parts.logits import average_logits
 
 LINEAR_OPTIONS: Options = {"level": "", "dropout": 0.5, "norm_inputs": False}
@@ -28,6 +28,7 @@ TEMPORAL_OPTIONS: Options = {
     "mlp_ratio": 4.0,
     "dropout": 0.5,
     "drop_path": 0.2,
+    "times": "zero",
     "norm_inputs": False,
 }
 GLOBAL_OPTIONS: Options = {**TEMPORAL_OPTIONS, "window": ()}
@@ -63,6 +64,8 @@ def _check_blocks(inputs: HeadInput, options: Options) -> None:
         raise SpecError(
             f"width and attention_heads are not negative, got {options['width']} and {options['attention_heads']}"
         )
+    if options["times"] not in TIMES:
+        raise SpecError(f"times is one of {', '.join(TIMES)}, got {options['times']!r}")
     width = options["width"] or level.channels
     if options["attention_heads"] and width % options["attention_heads"]:
         raise SpecError(f"attention_heads divide the width, {width}; got {options['attention_heads']}")

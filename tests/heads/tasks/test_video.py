@@ -126,6 +126,17 @@ def test_the_vector_of_a_frame_tells_frames_apart(clips):
         assert not torch.allclose(module(batch.features), module(backwards.features), atol=1e-3)
 
 
+def test_vectors_of_frames_may_begin_as_waves(clips):
+    source = clips(4)
+    choice = choose_head("temporal:blocks=1,times=sine,width=6", source.info, TrainConfig())
+    times = choice.head.build(choice.inputs(source.info), choice.options).times
+    # Five frames; wave lengths grow by the cube root of 100.
+    lengths = np.array([1, 100 ** (1 / 3), 100 ** (2 / 3)])
+    angles = np.arange(5)[:, None] / lengths
+    expected = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(5, 6)
+    np.testing.assert_allclose(times.detach().numpy(), expected, atol=1e-6)
+
+
 def test_weight_decay_leaves_alone_what_says_where_something_is(clips):
     source = clips(4)
     choice = choose_head("global:blocks=1,window=2,2,2", source.info, TrainConfig())
@@ -152,6 +163,7 @@ def test_blocks_read_the_last_map_with_frames_and_a_linear_head_the_last_level(c
         ("temporal:attention_heads=3", "divide the width, 8; got 3"),
         ("temporal:drop_path=1", r"drop_path is in \[0, 1\)"),
         ("linear:dropout=1.5", r"dropout is in \[0, 1\)"),
+        ("temporal:times=cosine", "times is one of zero, sine, got 'cosine'"),
         ("global:window=8,7", "frames, rows and columns"),
         ("global:window=8,7,0", "frames, rows and columns"),
         ("global:level=31", "level '31'"),
