@@ -68,8 +68,8 @@ class ClipBlock(nn.Module):
 class BlocksHead(nn.Module):
     """Transformer blocks over one level with a learned vector for every frame, LayerNorm, and a `ClipClassifier`.
 
-    The vectors begin at zero or, with `times` "sine", as waves of many lengths; blocks are dropped with a rate that rises from 0 to `drop_path` from the first to the
-    last. With `width` a linear layer comes first.
+    The vectors begin at zero or, with `times` "sine", as waves of many lengths; blocks are dropped with a rate that
+    rises from 0 to `drop_path` from the first to the last. With `width` a linear layer comes first.
     """
 
     def __init__(self, level: LevelSpec, num_classes: int, look: Look, options: Options) -> None:
