@@ -50,7 +50,8 @@ def test_every_recipe_loads_and_fits_the_heads_it_names(name: str, scenes, image
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("-small")])
 def test_small_recipes_are_for_a_cpu(name: str):
     recipe = load_recipe(name)
-    assert recipe.train.batch_size == 4
+    # Clips of eight small maps are cheap.
+    assert recipe.train.batch_size == (16 if name == "k400-small" else 4)
     assert recipe.train.heads.get("upernet", {}).get("width", 64) <= 64
 
 

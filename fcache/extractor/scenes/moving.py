@@ -79,23 +79,22 @@ def make_moving_scene(seed: int, index: int, motion: str, *, size: tuple[int, in
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(random.random())
 
-    # Any hues: the ground is of middle brightness, of the figure one half is dark and the other one bright.
-    ground = _toned(random_surface(between), (0.3, 0.7), (0.3, 0.7))
-    figure = _toned(random_surface(between), (0.0, 0.4), (0.6, 1.0))
+    # Any hues: a bright figure before a dark ground, so that what is learnt is where it goes and not what it is.
+    ground, figure = (_toned(random_surface(between), *tones) for tones in ((0.1, 0.4), (0.7, 1.0)))
     distance, direction = math.sqrt(between(0, 1)), between(0, 2 * math.pi)
     place, scale = (distance * math.cos(direction), distance * math.sin(direction)), between(0, 1)
     changed, way = MOTIONS[motion]
     return MovingScene(size, ground, figure, place, scale, changed, way / between(*_ROUND))
 
 
-def _toned(surface: Surface, *ranges: tuple[float, float]) -> Surface:
-    """A surface whose colours, of 0..1, are brought into a range each."""
+def _toned(surface: Surface, low: float, high: float) -> Surface:
+    """A surface whose colours, of 0..1, are brought between two tones."""
 
-    def toned(colour: Colour, low: float, high: float) -> Colour:
+    def toned(colour: Colour) -> Colour:
         red, green, blue = (low + (high - low) * c for c in colour)
         return red, green, blue
 
-    first, second = (toned(c, *r) for c, r in zip(surface.colours, ranges, strict=True))
+    first, second = map(toned, surface.colours)
     return replace(surface, colours=(first, second))
 
 
@@ -110,9 +109,9 @@ def render_frames(scene: MovingScene, count: int) -> Iterator[np.ndarray]:
         radius = side * _RADIUS[0] * (_RADIUS[1] / _RADIUS[0]) ** now.scale
         p = (columns - width / 2 - side * _PLACES * now.place[0]) / radius
         q = (rows - height / 2 - side * _PLACES * now.place[1]) / radius
-        halves = np.clip(0.5 + q * radius, 0, 1) * 0.8 + 0.2 * noise(scene.figure.texture, p * 3 + 16, q * 3 + 16)
         cover = np.clip(0.5 - (np.sqrt(p * p + q * q) - 1) * radius, 0, 1)[..., None]
-        image = ground * (1 - cover) + mix(scene.figure, halves) * cover
+        disc = mix(scene.figure, noise(scene.figure.texture, p * 3 + 16, q * 3 + 16))
+        image = ground * (1 - cover) + disc * cover
         yield np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
 
 

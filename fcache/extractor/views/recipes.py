@@ -143,7 +143,7 @@ _RECIPES: Mapping[str, ViewRecipe] = {
         # For machines without an accelerator, and without flips: there are classes of motion that these exchange.
         _clips(
             "kinetics400-small",
-            ResizedCrop((128, 128), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0, interpolation="bilinear"),
+            ResizedCrop((128, 128), scale=(0.7, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0, interpolation="bilinear"),
             frames=8,
             interval=2,
         ),
