@@ -127,7 +127,7 @@ def command(
             done += len(item.photos)
             progress.show(f"predict  {rate(done, len(stems) - failed, time.monotonic() - started, 'photos')}")
     if failed:
-        click.echo(f"predict  {failed} of {len(stems)} photos could not be read", err=True)
+        click.echo(f"predict  {failed} of {len(stems)} files could not be read", err=True)
     return UNREADABLE if failed else 0
 
 

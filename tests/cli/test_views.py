@@ -190,7 +190,7 @@ def test_a_folder_gives_a_folder_and_a_bad_photo_stops_no_other(
     errors = [line for line in err.splitlines() if line.startswith("fcache: error: ")]
     assert len(errors) == 1
     assert "z.jpg" in errors[0]
-    assert "1 of 5 photos could not be read" in err
+    assert "1 of 5 files could not be read" in err
     written = [Path(line) for line in printed.splitlines()]
     stems = ["x", "y.jpg", "y.png", "sub/x"]
     endings = [".png", ".labels.png", ".probabilities.npy"]
