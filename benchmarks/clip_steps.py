@@ -68,7 +68,7 @@ def default_settings(device: str) -> Settings:
             input_size=size, heads=HEADS,
         )  # fmt: skip
     return Settings(
-        device, batch=1, records=2, rounds=2, seconds=0.0, steps=1, threads=threads, precision="fp32",
+        device, batch=1, records=2, rounds=2, seconds=0.0, steps=1, threads=threads, precision="bf16",
         input_size=size, heads=HEADS,
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def measure(work: Path, settings: Settings, backbones: tuple[str, ...], only: li
         size = "x".join(map(str, settings.input_size))
         folder = work / f"clips-{settings.device.replace(':', '-')}-{settings.records}-{size}"
         data = ClipData(
-            folder, backbone, settings.records, settings.batch, settings.device, input_size=settings.input_size
+            folder, backbone, settings.records, settings.batch, settings.device, settings.precision, settings.input_size
         )
         bench = ClipBench(settings, data)
         for head in settings.heads:
@@ -125,10 +125,10 @@ def measure(work: Path, settings: Settings, backbones: tuple[str, ...], only: li
             if (row := kept(work, f"clips-{full}", settings, make)) is not None:
                 rows.setdefault(backbone, {})[head] = row
     place = torch.cuda.get_device_name(settings.device) if settings.on_gpu else f"the CPU, {settings.threads} threads"
+    heads = "bf16 autocast" if settings.on_gpu and torch.cuda.is_bf16_supported() else "float32"
     what = (
-        f"Training steps on {place}: batches of {settings.batch} clips, 400 classes; backbone in bf16, heads in "
-        f"{'bf16 autocast' if settings.on_gpu and torch.cuda.is_bf16_supported() else 'float32'}. Medians of "
-        "interleaved rounds; live runs the backbone on clips that lie decoded in memory."
+        f"Training steps on {place}: batches of {settings.batch} clips, 400 classes; backbone in {settings.precision}, "
+        f"heads in {heads}. Medians of interleaved rounds; live runs the backbone on clips that lie decoded in memory."
     )
     return {"what": what, "rows": rows}
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from storage.report import RESULTS, machine, publish, table, work_folder
 
+from fcache.cli.job import usual_precision
 from fcache.extractor import Job
 from fcache.extractor.decoding import Request
 from fcache.extractor.extraction import Extraction, open_extraction, share
@@ -65,7 +66,7 @@ def main() -> None:
         for model in args.model or MODELS:
             rows[model] = measure(make_job(work, model, args), args.rounds)
     what = (
-        f"{args.records} records of {args.size} x {args.size}, int8, backbone in {precision_of(args.device)}, "
+        f"{args.records} records of {args.size} x {args.size}, int8, backbone in {usual_precision(args.device)}, "
         f"{args.workers} decoding processes."
     )
     publish("extraction", {"what": what, "rows": rows}, table("Extraction", COLUMNS, rows), args.out, m=m)
@@ -79,15 +80,10 @@ def make_job(work: Path, model: str, args: argparse.Namespace) -> Job:
     return Job(
         model=model, dataset="ade20k", root=root, cache=work / f"{model}.fcache", weights="random:0", views=1,
         splits=("train",), input_size=(args.size, args.size), device=args.device, workers=args.workers,
-        precision=precision_of(args.device),
+        precision=usual_precision(args.device),
         # Shards end in the midst of the run, as they do in a long one.
         shard_records=8,
     )  # fmt: skip
-
-
-def precision_of(device: str) -> str:
-    """What `fcache extract` takes by default: most processors have no instructions for bf16."""
-    return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
 def measure(job: Job, rounds: int) -> dict:

@@ -29,8 +29,8 @@ class ClipData:
     records: int
     batch: int
     device: str
-    precision: str = "bf16"
-    input_size: tuple[int, int] = (224, 224)
+    precision: str
+    input_size: tuple[int, int]
 
     def job(self, encoding: str) -> Job:
         """The extraction of the records, with the defaults of `fcache extract`."""

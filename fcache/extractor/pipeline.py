@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,12 +157,13 @@ class _Run:
         features = features_of(images, group.canvas, backbone)
         if self.before is not None:
             self.before.result().wait()
-        self.before = Future()
+        begin = partial(begin_encoding, features, group, ids, tables=extraction.device_tables)
         if backbone.device.type == "cpu":
-            # A device computes beside this thread anyway.
-            self.before = self.encode.submit(begin_encoding, features, group, ids, tables=extraction.device_tables)
+            self.before = self.encode.submit(begin)
         else:
-            self.before.set_result(begin_encoding(features, group, ids, tables=extraction.device_tables))
+            # A device computes beside this thread anyway.
+            self.before = Future()
+            self.before.set_result(begin())
         return self.before
 
     def _refuse(self, sample: str, d: Decoded) -> None:
